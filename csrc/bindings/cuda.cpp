@@ -1,0 +1,44 @@
+// lorakernels._cuda
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cuda/kernels.h"
+#include "arguments.h"
+
+namespace py = pybind11;
+using namespace lk;
+
+static void check(int status) {
+  if (status != cudaSuccess) {
+    const cudaError_t error = static_cast<cudaError_t>(status);
+    throw std::runtime_error(std::string("lorakernels CUDA launch failed: ") + cudaGetErrorName(error) + ": " +
+                             cudaGetErrorString(error));
+  }
+}
+
+// The stream comes first, then the arguments of the params struct.
+template <class Params, class... Arguments>
+static auto stream_launcher(Params (*fill)(Arguments...), int (*run)(const Params&, void*)) {
+  return [fill, run](Address stream, Arguments... arguments) {
+    const Params params = fill(arguments...);
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = run(params, pointer(stream));
+    }
+    check(status);
+  };
+}
+
+PYBIND11_MODULE(_cuda, m) {
+  m.attr("architectures") = LK_CUDA_ARCHITECTURES;
+  m.def("versions", [] {  // (runtime linked in, newest that the driver serves; 0 without a driver)
+    int runtime = 0, driver = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    return py::make_tuple(runtime, driver);
+  });
+  m.def("add_lowrank", stream_launcher(add_lowrank_params, cuda::add_lowrank));
+}

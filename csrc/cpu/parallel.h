@@ -1,0 +1,15 @@
+// Work is shared out over torch's own thread pool, whose C entry point Python hands over once at import: no second
+// OpenMP runtime in the process, and torch.set_num_threads is obeyed. Without it the work runs on the calling thread.
+#pragma once
+#include <cstdint>
+
+namespace lk::cpu {
+
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
+
+void use_pool(ParallelFor pool);
+bool has_pool();
+void parallel_for(int64_t count, Body body, void* context);
+
+}  // namespace lk::cpu

@@ -1,0 +1,75 @@
+"""`python -m lorakernels`: what this machine has, what was built, and which backends can run."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__, backends
+from .backends import native
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices():
+    yield f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}: {properties.name}, {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _build():
+    info = native.build_info()
+    if info is None:
+        yield f"nothing: {native.PACKAGE} is a source tree that was never built; run `pip install -e .` in {native.PACKAGE.parent}"
+        yield from _installed_elsewhere()
+        return
+    for name in info["built"]:
+        architectures = f" for {', '.join(info['architectures'])} with CUDA {info['cuda']}" if name == "_cuda" else ""
+        yield f"{name}: built{architectures}"
+    for name, remedy in info["left_out"].items():
+        yield f"{name}: left out: {remedy}"
+    try:
+        cpu = backends.load("cpu").module()
+        yield f"_cpu: uses {cpu.isa()} of " + ", ".join(f"{isa}{'' if usable else ' (not on this processor)'}" for isa, usable in cpu.isas().items())
+        if not cpu.has_pool():
+            yield "_cpu: this torch has no torch_parallel_for: kernels run on one thread"
+    except (ImportError, RuntimeError) as error:
+        yield f"_cpu: {error}"
+
+
+def _installed_elsewhere():
+    """An installed build that this source tree hides, as it does when python is started beside it."""
+    try:
+        files = importlib.metadata.distribution("lorakernels").files or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        path = file.locate()
+        if path.name == "_build.json" and path.parent.resolve() != native.PACKAGE.resolve():
+            yield f"an installed build is hidden by this source tree: {path.parent}; start python elsewhere to use it"
+
+
+def main():
+    print(f"lorakernels {__version__}, {native.PACKAGE}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}, {platform.platform()}")
+    print("tested on torch 2.13 with Triton 3.9 and on torch 2.11 with Triton 3.6; other versions are untested")
+    for title, lines in (
+        ("devices", _devices()),
+        ("built", _build()),
+        ("backends", (f"{name}: {state}" for name, state in backends.available().items())),
+        ("order", (f"{device}: {', '.join(names)}" for device, names in backends.ORDER.items())),
+    ):
+        print(title)
+        for line in lines:
+            print(f"  {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

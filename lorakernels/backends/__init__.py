@@ -1,0 +1,86 @@
+"""Which code runs a primitive.
+
+A backend is a module of functions with the names and signatures of `reference`. ORDER is the table of what is tried on
+a device when nobody asked for a backend; `use_backend(name)` or LORAKERNELS_BACKEND asks for one, which then runs or
+raises. Falling to `reference` where ORDER names something better is said once, with the reason.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad_up", "lowrank_grad_down")
+
+# No kernel of this library has been timed on a GPU yet: there the composition of torch's own products is the default,
+# and "triton" and "cuda" are opt-in.
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+# One deliberate global: autograd's device threads do not inherit context variables, and a backward must run on the
+# backend that was asked for.
+_forced = os.environ.get("LORAKERNELS_BACKEND") or None
+
+
+def load(name):
+    """The backend's module. Triton is imported only here."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+@functools.lru_cache(maxsize=None)
+def why_not(name, device_type, dtype):
+    """None where the backend can run on this device type and dtype, else the reason."""
+    return load(name).why_not(device_type, dtype)
+
+
+def available():
+    """{backend: "ok" or why not}, for the device type that each is made for."""
+    import torch
+
+    home = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "reference": "cpu"}
+    return {name: why_not(name, home[name], torch.float32) or "ok" for name in NAMES}
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(forced, device_type, dtype):
+    order = (forced,) if forced else ORDER.get(device_type, ("reference",))
+    reasons = {}
+    for name in order:
+        reasons[name] = why_not(name, device_type, dtype)
+        if reasons[name] is None:
+            break
+    else:
+        raise RuntimeError(f"backend {forced!r} was asked for and cannot run on {device_type} in {dtype}: {reasons[forced]}")
+    skipped = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
+    if skipped:
+        warnings.warn(f"lorakernels runs {dtype} on {device_type} through {name!r} ({'; '.join(skipped)})", stacklevel=2)
+    return name
+
+
+def select(primitive, device_type, dtype):
+    """The function that runs `primitive` for a base of `dtype` on `device_type`."""
+    return getattr(load(_choose(_forced, device_type, dtype)), primitive)
+
+
+def forced():
+    """The backend that was asked for, or None."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Run everything inside through one backend ("cuda", "triton", "cpu", "reference"), in every thread of the process.
+
+    Raises ValueError for an unknown name at once; a backend that cannot run raises RuntimeError at its first use.
+    """
+    global _forced
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

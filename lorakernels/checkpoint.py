@@ -1,0 +1,256 @@
+"""PEFT's adapter files: adapter_config.json and adapter_model.safetensors. Nothing is ever unpickled."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import targets
+from .models import BIASES, check_model, check_arguments, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
+from .modules import LoraLinear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_LIMIT = 1 << 20  # bytes; a real one has some two thousand
+PREFIX = "base_model.model."
+CHANGE_THE_BASE = ("pissa", "olora")
+
+# What a config may say without changing what the adapter computes.
+READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "bias", "lora_bias", "init_lora_weights",
+}  # fmt: skip
+INFORMATION = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "megatron_core",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+
+
+# -- saving --------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model, directory):
+    """Write the model's adapters to `directory` as PEFT's files; PEFT, vLLM and load_adapter read them.
+
+    Biases that train go along. Raises ValueError where the model has no adapter, or where one was merged with
+    keep_base=False, or where layers differ in what PEFT's config holds once for all.
+    """
+    from safetensors.torch import save_file
+
+    layers = dict(some_lora_layers(model))
+    spent = [name for name, layer in layers.items() if layer.merged and "_base_weight" not in layer._buffers]
+    if spent:
+        raise ValueError(f"model: {spent[0]} was merged with keep_base=False; its adapter is gone")
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.lora_A, layer.lora_B
+        if layer.lora_bias is not None:
+            tensors[f"{name}.lora_B.bias"] = layer.lora_bias
+    for name, parameter in _trained_biases(model).items():
+        owner = name.rpartition(".")[0]
+        tensors[f"{owner}.base_layer.bias" if owner in layers else name] = parameter
+    tensors = {PREFIX + name.lstrip("."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(_config(model, layers), indent=2, sort_keys=True)
+    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(directory / CONFIG, lambda path: path.write_text(config))
+
+
+def _replace(path, write):
+    """Write beside the file, then put it in place: an interrupted save leaves the old one whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _trained_biases(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[2] == "bias"}
+
+
+def _common(layers, what):
+    values = {getattr(layer, what) if what != "lora_bias" else layer.lora_bias is not None for layer in layers.values()}
+    if len(values) > 1:
+        raise ValueError(f"model: its adapters differ in {what} ({', '.join(sorted(map(str, values)))}), which PEFT's config holds once")
+    return values.pop()
+
+
+def _config(model, layers):
+    ranks, alphas = ([getattr(layer, what) for layer in layers.values()] for what in ("r", "lora_alpha"))
+    r, alpha = (max(set(values), key=values.count) for values in (ranks, alphas))
+    init = _common(layers, "init_lora_weights")
+    biases = _trained_biases(model)
+    own = {f"{name}.bias" for name in layers}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": _common(layers, "lora_dropout"),
+        "target_modules": targets.describe_exactly(layers, linears),
+        "rank_pattern": {f"^{_escape(name)}": layer.r for name, layer in layers.items() if layer.r != r},
+        "alpha_pattern": {f"^{_escape(name)}": layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != alpha},
+        "use_rslora": _common(layers, "use_rslora"),
+        "lora_bias": _common(layers, "lora_bias"),
+        "init_lora_weights": init if init in CHANGE_THE_BASE else True,
+        "bias": "none" if not biases else "lora_only" if set(biases) <= own else "all",
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "inference_mode": True,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _escape(name):
+    return name.replace(".", r"\.")
+
+
+# -- loading -------------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model, directory):
+    """Put a PEFT LoRA adapter on a model: onto its LoraLinear layers, or onto the nn.Linear modules that the file names.
+
+    Returns the names of the adapted modules. Everything is read and checked first: after an error (FileNotFoundError,
+    ValueError or TypeError, naming the file, field, module or tensor) the model is as it was.
+    """
+    check_model(model)
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG)
+    adapters, biases = _read_weights(directory)
+    plan = {name: _check_module(model, config, name, pieces) for name, pieces in adapters.items()}
+    fresh = {name: arguments for name, arguments in plan.items() if arguments is not None}
+    _check_biases(model, biases)
+    missing = [name for name, _ in lora_layers(model) if name not in adapters]
+    if missing:
+        raise ValueError(f"{WEIGHTS}: it has nothing for {missing[0]}, which has an adapter in the model")
+    put_adapters(model, fresh)
+    with torch.no_grad():
+        for name, pieces in adapters.items():
+            layer = model.get_submodule(name)
+            layer.lora_A.copy_(pieces["lora_A.weight"])
+            layer.lora_B.copy_(pieces["lora_B.weight"])
+            if layer.lora_bias is not None:
+                layer.lora_bias.copy_(pieces["lora_B.bias"])
+        for name, value in biases.items():
+            model.get_parameter(name).copy_(value)
+    train_biases(model, config["bias"])
+    return list(adapters)
+
+
+def _read_config(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an adapter directory holds {CONFIG} and {WEIGHTS}")
+    if path.stat().st_size > CONFIG_LIMIT:
+        raise ValueError(f"{path}: expected at most {CONFIG_LIMIT} bytes, got {path.stat().st_size}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type: expected LORA, got {config.get('peft_type')!r}")
+    for field, value in config.items():
+        if value and field not in READ and field not in INFORMATION:
+            raise ValueError(f"{path}: {field}={value!r} is not supported")
+    config = {"r": 8, "lora_alpha": 8, "bias": "none", "lora_dropout": 0.0, "init_lora_weights": True} | config
+    init = config["init_lora_weights"]
+    if init not in CHANGE_THE_BASE and str(init).startswith(("pissa_niter", "corda", "loftq", "lora_ga")):
+        raise ValueError(f"{path}: init_lora_weights={init!r} changed the base weights in a way that cannot be repeated here")
+    if config["bias"] not in BIASES:
+        raise ValueError(f"{path}: bias: expected one of {', '.join(BIASES)}, got {config['bias']!r}")
+    try:
+        check_arguments(config["r"], config["lora_alpha"], config["lora_dropout"], False, True)
+        for field in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(field) or {}, dict):
+                raise TypeError(f"{field}: expected an object, got a {type(config[field]).__name__}")
+            for pattern, value in (config.get(field) or {}).items():
+                targets.check_pattern(field, pattern)
+                check_arguments(value if field == "rank_pattern" else 1, value, 0.0, False, True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _read_weights(directory):
+    """({module: {"lora_A.weight": tensor, ...}}, {parameter name: bias})."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory / WEIGHTS
+    if not path.is_file():
+        pickled = directory / "adapter_model.bin"
+        hint = f"; {pickled.name} is a pickle, which is never read: save it again with safe_serialization=True" if pickled.exists() else ""
+        raise FileNotFoundError(f"{path}: no such file{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    adapters, biases = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key}: expected a floating-point tensor, got {tensor.dtype}")
+        for kind in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
+            if name == kind or name.endswith(f".{kind}"):
+                adapters.setdefault(name.removesuffix(kind).rstrip("."), {})[kind] = tensor
+                break
+        else:
+            if name.rpartition(".")[2] != "bias":
+                raise ValueError(f"{path}: {key}: not a LoRA tensor or a bias")
+            biases[name.replace(".base_layer.bias", ".bias")] = tensor
+    if not adapters:
+        raise ValueError(f"{path}: it holds no LoRA tensors")
+    return adapters, biases
+
+
+def _check_module(model, config, name, pieces):
+    """The LoraLinear arguments for a module that gets its adapter now, None for one that has it."""
+    where = f"{WEIGHTS}: {name}"
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{where}: the model has no such module") from None
+    if not isinstance(module, LoraLinear) and (why := why_skipped(module)):
+        raise ValueError(f"{where}: {why}")
+    A, B = (pieces.get(kind) for kind in ("lora_A.weight", "lora_B.weight"))
+    if A is None or B is None:
+        raise ValueError(f"{where}: expected both lora_A.weight and lora_B.weight")
+    r = targets.by_pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = targets.by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    for kind, tensor, shape in (("lora_A", A, (r, module.in_features)), ("lora_B", B, (module.out_features, r))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{where}.{kind}: expected shape {shape} (rank {r} by {CONFIG}), got {tuple(tensor.shape)}")
+    lora_bias = pieces.get("lora_B.bias")
+    if bool(config.get("lora_bias")) != (lora_bias is not None):
+        raise ValueError(f"{where}: lora_bias={bool(config.get('lora_bias'))} in {CONFIG}, but lora_B.bias is {'missing' if lora_bias is None else 'there'}")
+    if lora_bias is not None and tuple(lora_bias.shape) != (module.out_features,):
+        raise ValueError(f"{where}.lora_B.bias: expected shape ({module.out_features},), got {tuple(lora_bias.shape)}")
+    init = config["init_lora_weights"] if config["init_lora_weights"] in CHANGE_THE_BASE else True
+    wanted = dict(r=r, lora_alpha=alpha, use_rslora=bool(config.get("use_rslora")))
+    if not isinstance(module, LoraLinear):
+        return wanted | dict(lora_dropout=config["lora_dropout"], lora_bias=lora_bias is not None, init_lora_weights=init)
+    if module.merged:
+        raise ValueError(f"{where}: its adapter is merged; unmerge it first")
+    have = {key: getattr(module, key) for key in wanted}
+    changed_base = module.init_lora_weights if module.init_lora_weights in CHANGE_THE_BASE else True
+    if have != wanted or (module.lora_bias is None) != (lora_bias is None) or changed_base != init:
+        raise ValueError(f"{where}: the model's adapter has {have}, init_lora_weights={module.init_lora_weights!r}; the file's has {wanted}, init_lora_weights={init!r}")
+    return None
+
+
+def _check_biases(model, biases):
+    for name, value in biases.items():
+        try:
+            parameter = model.get_parameter(name)
+        except AttributeError:
+            raise ValueError(f"{WEIGHTS}: {name}: the model has no such parameter") from None
+        if parameter.shape != value.shape:
+            raise ValueError(f"{WEIGHTS}: {name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}")

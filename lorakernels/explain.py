@@ -1,0 +1,48 @@
+"""Which kernel will run, and why."""
+
+import torch
+
+from . import backends
+from .models import lora_layers
+from .modules import LoraLinear
+
+
+def explain(module_or_model, tokens=None):
+    """A text that names, for a LoraLinear or for each kind of them in a model, the function behind every primitive.
+
+    tokens: rows of x to plan for; no choice depends on it yet. Raises TypeError, or ValueError where there is no LoraLinear.
+    """
+    if isinstance(module_or_model, LoraLinear):
+        layers = [("", module_or_model)]
+    else:
+        layers = lora_layers(module_or_model)
+        if not layers:
+            raise ValueError("module_or_model: expected a LoraLinear or a model that holds some; found none")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
+        raise ValueError(f"tokens: expected a number of rows, got {tokens!r}")
+    kinds = {}
+    for _, layer in layers:
+        kind = (layer.weight.device.type, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout, layer.merged)
+        kinds.setdefault(kind, []).append(layer)
+    return "\n".join(_describe(*kind, members, tokens) for kind, members in kinds.items())
+
+
+def _describe(device, dtype, adapter_dtype, dropout_p, merged, layers, tokens):
+    shapes = sorted({f"{layer.in_features}->{layer.out_features} r={layer.r}" for layer in layers})
+    lines = [f"{len(layers)} LoraLinear on {device}, base {_name(dtype)}, adapter {_name(adapter_dtype)}: {', '.join(shapes)}"]
+    lines[0] += f", {tokens} tokens" if tokens is not None else ""
+    if merged:
+        return lines[0] + "\n  merged: F.linear"
+    asked = f"backend {backends.forced()!r} was asked for" if backends.forced() else f"order on {device}: {', '.join(backends.ORDER.get(device, ('reference',)))}"
+    lines.append(f"  {asked}; dropout {dropout_p}")
+    for name in backends.PRIMITIVES:
+        function = backends.select(name, device, dtype)
+        lines.append(f"  {name}: {function.__module__.rpartition('backends.')[2]}: {' '.join(function.__doc__.partition(chr(10) * 2)[0].split())}")
+    if device == "cpu" and "_cpu" not in lines[0] and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reason = backends.why_not("cpu", "cpu", dtype)
+        lines.append(f"  native CPU kernels: {reason or backends.load('cpu').module().isa()}")
+    return "\n".join(lines)
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")

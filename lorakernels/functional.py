@@ -1,0 +1,116 @@
+"""The functions, in the manner of torch.nn.functional: equation, shapes, argument errors."""
+
+import math
+
+import torch
+
+from . import dropout, ops
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=0.0, training=True, lora_bias=None):
+    """y = x W^T + bias + scaling * (drop(x) A^T B^T + lora_bias)
+
+    x (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), lora_bias (N,) -> y (..., N), any strides.
+
+    dtypes: x, weight and bias share one of bfloat16, float16, float32, float64; lora_A, lora_B and lora_bias share that
+    one or float32. y has x's dtype; adapter sums run in float32. Under autocast every operand is cast to autocast's
+    dtype, and y has it. Gradients come back contiguous, in their tensor's dtype, for everything that requires one.
+
+    Dropout (training only) acts on the adapter's x alone; each call draws its own mask from torch's generator and
+    keeps a 64-bit seed of it for the backward. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+
+    Raises TypeError (dtypes, types) or ValueError (shapes, devices, ranges) naming the argument, before any kernel.
+    """
+    dtype = _autocast_dtype(x)
+    _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, dtype)
+    scaling = check_number("scaling", scaling)
+    dropout_p = check_probability("dropout_p", dropout_p)
+    seed = None
+    if training and dropout.threshold(dropout_p):
+        seed = dropout.draw_seed(x.device)
+    return ops.lora_linear(x, weight, lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p if seed is not None else 0.0, dtype)
+
+
+# -- argument errors ---------------------------------------------------------------------------------------------------
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_number(name, value):
+    """A finite int or float, as float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a finite number, got {_kind(value)}")
+    if not -math.inf < value < math.inf:  # also false for NaN; torch.compile cannot trace math.isfinite
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def check_probability(name, value):
+    """A number in [0, 1], as float."""
+    value = check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+    return value
+
+
+def _kind(value):
+    return f"a {type(value).__name__}"
+
+
+def _autocast_dtype(x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a Tensor, got {_kind(x)}")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _check_tensor(name, tensor, shape, letters, like):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
+    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape)):
+        wanted = ", ".join(letter if want is None else f"{letter}={want}" for letter, want in zip(letters, shape))
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating-point dtype ({_names(_FLOATS)}), got {_names([tensor.dtype])}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, as x is, got {tensor.device}")
+
+
+def _names(dtypes):
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_dtype(name, tensor, allowed, why):
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name}: expected {' or '.join(_names([d]) for d in dict.fromkeys(allowed))} ({why}), got {_names([tensor.dtype])}")
+
+
+def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: expected a floating-point dtype ({_names(_FLOATS)}), got {_names([x.dtype])}")
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., K) with K of at least 1, got {tuple(x.shape)}")
+    _check_tensor("weight", weight, (None, x.shape[-1]), "NK", x)
+    N, K = weight.shape
+    _check_tensor("lora_A", lora_A, (None, K), "RK", x)
+    R = lora_A.shape[0]
+    if R == 0:
+        raise ValueError("lora_A: expected a rank of at least 1, got shape " + str(tuple(lora_A.shape)))
+    _check_tensor("lora_B", lora_B, (N, R), "NR", x)
+    for name, vector in (("bias", bias), ("lora_bias", lora_bias)):
+        if vector is not None:
+            _check_tensor(name, vector, (N,), "N", x)
+    if autocast is not None:
+        return
+    _check_dtype("weight", weight, [x.dtype], "x's dtype; cast one of them, or use autocast")
+    adapter = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
+    _check_dtype("lora_A", lora_A, adapter, "the base's dtype or float32")
+    _check_dtype("lora_B", lora_B, [lora_A.dtype], "lora_A's dtype")
+    if bias is not None:
+        _check_dtype("bias", bias, [weight.dtype], "the weight's dtype")
+    if lora_bias is not None:
+        _check_dtype("lora_bias", lora_bias, [lora_B.dtype], "lora_B's dtype")

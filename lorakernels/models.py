@@ -1,0 +1,230 @@
+"""Whole models: put adapters on, switch them off, merge them, count them."""
+
+import contextlib
+import logging
+import warnings
+
+from torch import nn
+
+from . import targets
+from .modules import LoraLinear, check_arguments
+
+logger = logging.getLogger("lorakernels")
+BIASES = ("none", "all", "lora_only")
+
+
+class Report(dict):
+    """{module name: "replaced" or "skipped: why"}."""
+
+    @property
+    def replaced(self):
+        return [name for name, what in self.items() if what == "replaced"]
+
+    @property
+    def skipped(self):
+        return {name: what.removeprefix("skipped: ") for name, what in self.items() if what != "replaced"}
+
+    def __str__(self):
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.skipped.items()])
+
+
+def apply_lora(
+    model, r=8, lora_alpha=8, target_modules="all-linear", *, lora_dropout=0.0, use_rslora=False, use_dora=False, lora_bias=False,
+    init_lora_weights=True, bias="none", exclude_modules=None, layers_to_transform=None, layers_pattern=None, rank_pattern=None,
+    alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False, adapter_dtype=None, quantize=None, strict=False,
+):  # fmt: skip
+    """Replace a model's nn.Linear modules by LoraLinear, in place, and freeze everything but the adapters.
+
+    target_modules: a list of names or name ends, a regular expression over whole names, or "all-linear" (every nn.Linear
+    but the output head). exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern and bias
+    ("none", "all", "lora_only": which biases train) mean what they mean in PEFT's LoraConfig.
+
+    Returns a Report of what was replaced and what was skipped and why; logs one line, warns when nothing was replaced, and
+    with strict=True raises RuntimeError when nothing was, or a target was skipped. Bad arguments, and a name in
+    target_modules that no module has, raise TypeError or ValueError naming them. After an error the model is as it was.
+    """
+    check_model(model)
+    check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights)
+    if modules_to_save:
+        raise ValueError(f"modules_to_save: not supported, got {modules_to_save!r}; train those modules beside the adapter with requires_grad_()")
+    if fan_in_fan_out:
+        raise ValueError("fan_in_fan_out: weights stored as (in, out), as in GPT-2's Conv1D, are not supported")
+    if quantize is not None:
+        raise ValueError(f"quantize: expected None (NF4 bases are not supported yet), got {quantize!r}")
+    if bias not in BIASES:
+        raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {bias!r}")
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        _check_pattern_values(name, pattern)
+    wanted = _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern)
+
+    common = dict(
+        lora_dropout=lora_dropout, use_rslora=use_rslora, lora_bias=lora_bias, init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype
+    )
+    report, plan = Report(), {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or name not in wanted:
+            continue
+        why = why_skipped(module)
+        report[name] = f"skipped: {why}" if why else "replaced"
+        if not why:
+            own = dict(r=targets.by_pattern(rank_pattern, name, r), lora_alpha=targets.by_pattern(alpha_pattern, name, lora_alpha))
+            plan[name] = own | common
+    if strict and (report.skipped or not plan):
+        raise RuntimeError(f"apply_lora(strict=True): {report if report else 'no module was replaced'}")
+    put_adapters(model, plan)
+    train_biases(model, bias)
+    _say(report)
+    return report
+
+
+def put_adapters(model, plan):
+    """Replace the nn.Linear at each name of `plan` by a LoraLinear with those arguments, and freeze all but the adapters.
+
+    Every layer is built before the first is put in place; after an error the model is as it was. A module that stands in
+    several places becomes one layer, with the arguments of its first name.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = {}
+    try:
+        for name, arguments in plan.items():
+            linear = model.get_submodule(name)
+            if id(linear) not in layers:
+                layers[id(linear)] = LoraLinear.from_linear(linear, **arguments)
+    except BaseException:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    if plan:
+        adapters = {id(p) for _, layer in lora_layers(model) for p in layer.adapter_parameters()}
+        for parameter, _ in trained:
+            if id(parameter) not in adapters:
+                parameter.requires_grad_(False)
+    for name in plan:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[id(model.get_submodule(name))])
+
+
+def check_model(model):
+    """TypeError unless it is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+
+
+def _check_pattern_values(argument, patterns):
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise TypeError(f"{argument}: expected a dict from name patterns to numbers, got a {type(patterns).__name__}")
+    for pattern, value in patterns.items():
+        targets.check_pattern(argument, pattern)
+        try:
+            check_arguments(value if argument == "rank_pattern" else 1, value, 0.0, False, True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{argument}[{pattern!r}]: {error}") from None
+
+
+def _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern):
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name and module is not head]
+        target_modules = names or [""]
+    names = targets.check_names("target_modules", target_modules, none_allowed=False)
+    exclude = targets.check_names("exclude_modules", exclude_modules)
+    targets.check_names("layers_pattern", layers_pattern)
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    if layers is not None and (not isinstance(layers, (list, tuple)) or not all(type(i) is int and i >= 0 for i in layers)):
+        raise TypeError(f"layers_to_transform: expected a layer index or a list of them, got {layers_to_transform!r}")
+    if layers is not None and isinstance(names, str):
+        raise ValueError("layers_to_transform: expected target_modules to be a list beside it, got a regular expression")
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    unknown = [n for n in ([names] if isinstance(names, str) else names) if n and not any(targets.matches(n if n is names else [n], key) for key in every)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise ValueError(f"target_modules: no module is named {', '.join(map(repr, unknown))}; the model's linear layers end in {', '.join(known) or 'nothing'}")
+    return targets.Targets(names, exclude, layers, layers_pattern)
+
+
+def why_skipped(module):
+    """None where a LoraLinear can take the module's place, else the reason."""
+    if isinstance(module, LoraLinear):
+        return "it has an adapter already"
+    if not isinstance(module, nn.Linear):
+        return f"a {type(module).__name__} is not an nn.Linear"
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__} does more than an nn.Linear, or is read by its parent without being called"
+    if hasattr(module, "_hf_hook"):
+        return "accelerate has replaced its forward (device_map offloading)"
+    return None
+
+
+def train_biases(model, bias):
+    """Let the biases that PEFT's `bias` names be trained."""
+    if bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                parameter.requires_grad_(True)
+    elif bias == "lora_only":
+        for _, layer in lora_layers(model):
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+
+
+def _say(report):
+    if report.replaced:
+        why = "".join(f"; {name}: {reason}" for name, reason in list(report.skipped.items())[:3])
+        logger.info("apply_lora: %d modules replaced, %d skipped%s", len(report.replaced), len(report.skipped), why)
+    else:
+        warnings.warn(f"apply_lora replaced nothing. {report}", stacklevel=3)
+
+
+def lora_layers(model, remove_duplicate=True):
+    """[(name, LoraLinear)] of a model."""
+    check_model(model)
+    return [(name, m) for name, m in model.named_modules(remove_duplicate=remove_duplicate) if isinstance(m, LoraLinear)]
+
+
+def some_lora_layers(model):
+    """The same, or ValueError where there is none."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model: it has no LoraLinear; apply_lora() or load_adapter() first")
+    return layers
+
+
+@contextlib.contextmanager
+def disable_adapters(model):
+    """Inside, the model gives its base's own answer. Raises RuntimeError for layers merged with keep_base=False."""
+    layers = [layer for _, layer in some_lora_layers(model)]
+    for layer in layers:
+        if layer.merged and "_base_weight" not in layer._buffers:
+            raise RuntimeError("disable_adapters: the adapter was merged with keep_base=False")
+    before = [layer.adapter_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.adapter_enabled = enabled
+
+
+def merge_adapters(model, keep_base=False):
+    """Fold every adapter into its weight (LoraLinear.merge). Returns how many. Merged layers are left as they are."""
+    layers = [layer for _, layer in some_lora_layers(model) if not layer.merged]
+    for layer in layers:
+        layer.merge(keep_base=keep_base)
+    return len(layers)
+
+
+def count_parameters(model):
+    """(trainable, all) parameter counts; a shared parameter counts once."""
+    check_model(model)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def print_trainable_parameters(model):
+    """Print the counts on one line, in PEFT's format."""
+    trainable, total = count_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}")

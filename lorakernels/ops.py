@@ -1,0 +1,148 @@
+"""The operators: schemas and shape rules (torch.library), and the autograd.Function over them.
+
+M rows of x (tokens), K in_features, N out_features, R rank; W (N,K), A (R,K), B (N,R).
+A primitive is opaque to torch.compile; its body is a backend's function of the same name. Primitives have no autograd of
+their own: gradients come from the Functions below.
+"""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends
+from .backends.reference import accumulator
+
+
+def primitive(schema):
+    """Define `lorakernels::<schema>`. The decorated function is its shape rule; a backend's function is its body."""
+    name = schema.partition("(")[0]
+    qualified = f"lorakernels::{name}"
+
+    def register(shape_rule):
+        torch.library.define(qualified, schema[len(name) :])
+        torch.library.register_fake(qualified)(shape_rule)
+
+        @torch.library.impl(qualified, "CompositeExplicitAutograd")
+        def body(*arguments):
+            base = arguments[0]  # x or dy: its device and dtype decide
+            return backends.select(name, base.device.type, base.dtype)(*arguments)
+
+        return getattr(torch.ops.lorakernels, name).default
+
+    return register
+
+
+@primitive("lowrank_down(Tensor x, Tensor A, Tensor? seed, float dropout_p) -> Tensor")
+def lowrank_down(x, A, seed, dropout_p):
+    return x.new_empty(x.shape[0], A.shape[0], dtype=accumulator(x.dtype))  # u (M,R)
+
+
+@primitive(
+    "linear_lowrank(Tensor x, Tensor w, Tensor u, Tensor v, float scaling, Tensor? bias, Tensor? lowrank_bias,"
+    " Tensor? seed, float dropout_p) -> Tensor"
+)
+def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
+    return x.new_empty(x.shape[0], w.shape[0])  # y (M,N)
+
+
+@primitive("lowrank_grad_up(Tensor dy, Tensor? u, Tensor? B, float scaling) -> (Tensor, Tensor)")
+def lowrank_grad_up(dy, u, B, scaling):
+    dtype = accumulator(dy.dtype)
+    du = dy.new_empty((0,) if B is None else (dy.shape[0], B.shape[1]), dtype=dtype)
+    dB = dy.new_empty((0,) if u is None else (dy.shape[1], u.shape[1]), dtype=dtype)
+    return du, dB  # (M,R), (N,R)
+
+
+@primitive("lowrank_grad_down(Tensor x, Tensor du, Tensor? seed, float dropout_p) -> Tensor")
+def lowrank_grad_down(x, du, seed, dropout_p):
+    return du.new_empty(du.shape[1], x.shape[1])  # dA (R,K)
+
+
+@register_flop_formula(torch.ops.lorakernels.lowrank_down)
+def _(x, A, *_, out_shape=None, **__):
+    return 2 * x[0] * x[1] * A[0]
+
+
+@register_flop_formula(torch.ops.lorakernels.linear_lowrank)
+def _(x, w, u, *_, out_shape=None, **__):
+    return 2 * x[0] * w[0] * (x[1] + u[1])
+
+
+@register_flop_formula(torch.ops.lorakernels.lowrank_grad_up)
+def _(dy, u, B, *_, out_shape=None, **__):
+    return sum(2 * dy[0] * dy[1] * other[1] for other in (u, B) if other is not None)
+
+
+@register_flop_formula(torch.ops.lorakernels.lowrank_grad_down)
+def _(x, du, *_, out_shape=None, **__):
+    return 2 * du[0] * du[1] * x[1]
+
+
+def rows(x):
+    """x as a matrix of rows; a copy only where its strides allow no view."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
+    """y and u of LoraLinear, with every operand cast to `dtype` where one is given (autocast)."""
+    if dtype is not None:
+        x, W, A, B, bias, lora_bias = (t if t is None else t.to(dtype) for t in (x, W, A, B, bias, lora_bias))
+    x_rows = rows(x)
+    u = lowrank_down(x_rows, A, seed, dropout_p)
+    y = linear_lowrank(x_rows, W, u, B, scaling, bias, lora_bias, None, 0.0)
+    return y.view(*x.shape[:-1], W.shape[0]), u
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W^T + bias + s (u B^T + lora_bias), u = drop(x) A^T
+
+    du = s dy B          dx = dy W + drop'(du A)     dW = dy^T x       dbias = sum dy
+    dB = s dy^T u        dA = du^T drop(x)           dlora_bias = s sum dy
+
+    Kept for backward: x as given, u, the seed and the parameters. The mask is drawn again from the seed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
+        y, u = forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
+        keep_x = A.requires_grad or W.requires_grad
+        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, seed)
+        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, lora_bias)]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, W, A, B, u, seed = ctx.saved_tensors
+        need_x, need_W, need_A, need_B, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
+        weight_dtypes = W.dtype, A.dtype, B.dtype
+        if ctx.dtype is not None:
+            x, W, A, B = (t if t is None else t.to(ctx.dtype) for t in (x, W, A, B))
+        dy = rows(dy)
+        x = None if x is None else rows(x)
+        dx = dW = dA = dB = dbias = dlora_bias = None
+        if need_x or need_A or need_B:
+            du, dB = lowrank_grad_up(dy, u if need_B else None, B if need_x or need_A else None, ctx.scaling)
+            dB = dB.to(weight_dtypes[2]) if need_B else None
+        if need_x:
+            dx = linear_lowrank(dy, W.t(), du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        if need_A:
+            dA = lowrank_grad_down(x, du, seed, ctx.dropout_p).to(weight_dtypes[1])
+        if need_W:
+            with torch.autocast(dy.device.type, enabled=False):
+                dW = torch.mm(dy.t(), x).to(weight_dtypes[0])
+        if need_bias or need_lora_bias:
+            total = dy.sum(0, dtype=accumulator(dy.dtype))
+            dbias = total.to(ctx.bias_dtypes[0]) if need_bias else None
+            dlora_bias = (total * ctx.scaling).to(ctx.bias_dtypes[1]) if need_lora_bias else None
+        return dx, dW, dA, dB, dbias, dlora_bias, None, None, None, None
+
+
+def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
+    """LoraLinear, without the Function where no gradient can be asked for."""
+    arguments = (x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
+        return LoraLinear.apply(*arguments)
+    return forward(*arguments)[0]
