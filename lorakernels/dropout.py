@@ -47,4 +47,4 @@ def keep_mask(seed, rows, columns, p):
         words = [high1 ^ words[1] ^ keys[0], product1 & _WORD, high0 ^ words[3] ^ keys[1], product0 & _WORD]
         keys = [(key + step) & _WORD for key, step in zip(keys, KEY_STEPS)]
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (lanes >= threshold(p)).reshape(rows, -1)[:, :columns]
+    return (lanes >= threshold(p)).reshape(rows, (columns + 7) // 8 * 8)[:, :columns]

@@ -127,7 +127,7 @@ def _check_pattern_values(argument, patterns):
 def _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern):
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name and module is not head]
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear) and name and module is not head]
         target_modules = names or [""]
     names = targets.check_names("target_modules", target_modules, none_allowed=False)
     exclude = targets.check_names("exclude_modules", exclude_modules)

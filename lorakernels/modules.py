@@ -153,14 +153,16 @@ class LoraLinear(nn.Linear):
             raise RuntimeError(f"{what}: the adapter is merged; unmerge() first")
 
     @torch.no_grad()
-    def _merged_weight(self):
+    def _merged_weight(self, dtype=None):
+        """(weight, bias) with the adapter added, rounded once to dtype (the base's own by default)."""
+        dtype = dtype or self.weight.dtype
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         weight = torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
         bias = self.bias
         if self.lora_bias is not None:
             delta = self.lora_bias.to(wide) * self.scaling
             bias = delta if bias is None else bias.to(wide) + delta
-        return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     @torch.no_grad()
     def merge(self, keep_base=True):
@@ -200,13 +202,12 @@ class LoraLinear(nn.Linear):
 
     def to_linear(self, dtype=None):
         """A plain nn.Linear that computes what this layer does in eval mode: W + scaling * B A, rounded once to dtype
-        (the weight's own by default). Shares nothing with the layer; frozen as the base is."""
-        weight, bias = (self.weight, self.bias) if self.merged else self._merged_weight()
+        (the weight's own by default). Shares nothing with the layer; frozen."""
+        weight, bias = (self.weight, self.bias) if self.merged else self._merged_weight(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                fresh = value.detach().to(dtype or value.dtype, copy=True)
-                setattr(linear, name, nn.Parameter(fresh, requires_grad=getattr(self, name) is not None and getattr(self, name).requires_grad))
+                setattr(linear, name, nn.Parameter(value.detach().to(dtype or value.dtype, copy=True), requires_grad=False))
         return linear.train(self.training)
 
     # -- state_dict ----------------------------------------------------------------------------------------------------
