@@ -51,9 +51,9 @@ def save_adapter(model, directory):
         owner = name.rpartition(".")[0]
         tensors[f"{owner}.base_layer.bias" if owner in layers else name] = parameter
     tensors = {PREFIX + name.lstrip("."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = json.dumps(_config(model, layers), indent=2, sort_keys=True)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(_config(model, layers), indent=2, sort_keys=True)
     _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(directory / CONFIG, lambda path: path.write_text(config))
 

@@ -45,8 +45,11 @@ def _same_draws():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend", ("", "cpu"))[1] == "cuda":
+            item.add_marker("gpu")
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -1,0 +1,131 @@
+"""The main job's parts, and the whole of it on a tiny model: interrupted and resumed it gives the same losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+for name in ("transformers", "peft", "matplotlib", "rich", "tqdm"):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+
+import chat  # noqa: E402
+import harvest  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return harvest.harvest()
+
+
+def test_harvest_is_large_clean_and_split_by_module(pairs):
+    assert len(pairs) > 4000
+    assert len({pair["input"] for pair in pairs}) == len(pairs)
+    train, held_out = harvest.split(pairs)
+    assert len(train) + len(held_out) == len(pairs) and len(held_out) > 200
+    assert not {pair["module"] for pair in train} & {pair["module"] for pair in held_out}
+    for pair in pairs[::97]:
+        compile(pair["input"], pair["module"], "exec")
+        assert pair["output"] not in pair["input"] and pair["output"].isascii()
+
+
+def test_malformed_rows_are_named_with_their_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"instruction": "a", "output": "b"})
+    path.write_text("\n".join([good, "{", "[1]", json.dumps({"instruction": "a"}), "", json.dumps({"instruction": 3, "output": ""}), good]))
+    with pytest.raises(SystemExit) as caught:
+        chat.read_jsonl(path)
+    message = str(caught.value)
+    for words in ("4 malformed rows", "line 2: not JSON", "line 3: expected an object, got a list", "line 4: expected a text in 'output'", "line 6: expected a text in 'instruction', 'output'"):
+        assert words in message
+    path.write_text(good + "\n" + good)
+    assert chat.read_jsonl(path)[0] == {"instruction": "a", "input": "", "output": "b", "module": ""}
+
+
+def test_batches_repeat_and_cover_every_example():
+    encoded = [([1] * n, [2]) for n in range(1, 51)]
+    made = list(chat.batches(encoded, 8, seed=3, steps=7))
+    assert made == list(chat.batches(encoded, 8, seed=3, steps=7))
+    assert sorted(len(p) for batch in made for p, _ in batch) == list(range(1, 51))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, pairs):
+    """A Llama of two layers with a word-level tokenizer and a chat template, as a Hugging Face directory, and data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(
+        (pair["input"] + " " + pair["output"] for pair in pairs[:400]), trainers.WordLevelTrainer(vocab_size=500, special_tokens=["<unk>", "<eos>", "<user>", "<bot>"])
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=2048, eos_token_id=1, pad_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({k: pair[k] for k in ("instruction", "input", "output")}) for pair in pairs[:150]))
+    return folder, data
+
+
+def command(tiny, out, *more):
+    folder, data = tiny
+    steps = ["--steps", "30", "--batch", "2", "--save-every", "10", "--lora-dropout", "0.1", "--eval-pairs", "4", "--max-tokens", "400"]
+    return [sys.executable, str(ROOT / "examples" / "finetune.py"), "--model", str(folder), "--data", str(data), "--out", str(out), "--skip-eval", *steps, *more]
+
+
+@pytest.mark.parametrize("engine", ["lorakernels", "peft"])
+def test_interrupted_and_resumed_gives_the_same_losses(tiny, tmp_path, engine):
+    subprocess.run(command(tiny, tmp_path / "whole", "--engine", engine), check=True, capture_output=True)
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert len(whole["losses"]) == 30 and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+    process = subprocess.Popen(command(tiny, tmp_path / "cut", "--engine", engine), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "cut" / "checkpoint" / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    if process.returncode:  # a fast machine may have finished before the signal came
+        assert "stopped after step" in said and "go on with --resume" in said, said[-2000:]
+    resumed = subprocess.run(command(tiny, tmp_path / "cut", "--engine", engine, "--resume"), check=True, capture_output=True, text=True)
+    assert "resumed after step" in resumed.stdout
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["losses"] == whole["losses"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        a, b = (tmp_path / where / "adapter" / name for where in ("whole", "cut"))
+        assert a.read_bytes() == b.read_bytes(), name
+    other = subprocess.run(command(tiny, tmp_path / "cut", "--engine", engine, "--resume", "--r", "4"), capture_output=True, text=True)
+    assert other.returncode and "the checkpoint was made with other settings: r" in other.stderr
+
+
+def test_the_engines_agree(tiny, tmp_path):
+    """The same data order; with the same first step the loss before any update is the base's, to the last bit."""
+    first = {}
+    for engine in ("lorakernels", "peft"):
+        subprocess.run(command(tiny, tmp_path / engine, "--engine", engine), check=True, capture_output=True)
+        first[engine] = json.loads((tmp_path / engine / "summary.json").read_text())
+    assert first["lorakernels"]["losses"][0] == first["peft"]["losses"][0]
+    assert first["lorakernels"]["trainable"] == first["peft"]["trainable"]
+    assert {what for what, _ in first["lorakernels"]["logits"]} == {"loaded into peft", "loaded back", "merged"}
+
+
+def test_resume_without_a_checkpoint(tiny, tmp_path):
+    done = subprocess.run(command(tiny, tmp_path, "--resume"), capture_output=True, text=True)
+    assert done.returncode and "--resume: there is no checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("more, words", [(["--steps", "0"], "--steps: expected at least 1"), (["--engine", "fast"], "invalid choice"), (["--max-tokens", "1"], "no row is short enough")])
+def test_bad_options(tiny, tmp_path, more, words):
+    done = subprocess.run(command(tiny, tmp_path, *more), capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode and words in done.stderr

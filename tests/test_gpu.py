@@ -1,0 +1,155 @@
+"""What only a GPU can show: streams, CUDA graphs, many repeats, real memory beyond 2**31 elements. Numbers on a GPU are
+held by the other tests too, through their `backend` fixture; `-m gpu` chooses all of them."""
+
+import pytest
+import torch
+from numerics import check
+from oracle import make_case
+
+from lorakernels import backends
+from lorakernels.functional import lora_linear
+from lorakernels.modules import LoraLinear
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16 = torch.float32, torch.bfloat16
+ON_GPU = [name for name in ("cuda", "triton", "reference") if torch.cuda.is_available() and backends.why_not(name, "cuda", BF16) is None]
+
+
+@pytest.fixture(params=ON_GPU or ["none"])
+def gpu_backend(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+def step(layer, x):
+    layer.zero_grad()
+    y = layer(x)
+    y.float().square().mean().backward()
+    return [y.detach()] + [p.grad.clone() for p in layer.adapter_parameters()]
+
+
+def layer_on_gpu(**arguments):
+    return LoraLinear(512, 768, r=16, init_lora_weights=False, dtype=BF16, device="cuda", **arguments)
+
+
+def test_every_built_backend_is_usable():
+    assert set(ON_GPU) == {"cuda", "triton", "reference"}, backends.available()
+
+
+def test_250_repeats_are_bit_equal(gpu_backend):
+    layer, x = layer_on_gpu(lora_dropout=0.1), torch.randn(300, 512, device="cuda", dtype=BF16)
+    torch.manual_seed(1)
+    first = step(layer, x)
+    for _ in range(250):
+        torch.manual_seed(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, step(layer, x)))
+
+
+def test_two_streams(gpu_backend):
+    layer = layer_on_gpu()
+    inputs = [torch.randn(2000, 512, device="cuda", dtype=BF16) for _ in range(2)]
+    with torch.no_grad():
+        alone = [layer(x) for x in inputs]
+        streams = [torch.cuda.Stream() for _ in inputs]
+        torch.cuda.synchronize()
+        results = []
+        for x, stream in zip(inputs, streams):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)  # a launch on another stream would run before this ends
+                late = x + 0
+                results.append(layer(late))
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(alone, results))
+
+
+def test_cuda_graph_replays_with_other_inputs(gpu_backend):
+    layer, x = layer_on_gpu(), torch.randn(64, 512, device="cuda", dtype=BF16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    layer.zero_grad()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.float().square().mean().backward()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh = torch.randn_like(x)
+        x.copy_(fresh)
+        for p in layer.adapter_parameters():
+            p.grad.zero_()
+        graph.replay()
+        replayed = [y.clone()] + [p.grad.clone() for p in layer.adapter_parameters()]
+        with torch.no_grad():
+            assert torch.equal(replayed[0], layer(fresh))
+        twin = LoraLinear(512, 768, r=16, dtype=BF16, device="cuda")
+        twin.load_state_dict(layer.state_dict())
+        for a, b in zip(replayed[1:], step(twin, fresh)[1:]):
+            check("graph replay", a, b.double(), b, base=BF16, K=768)
+
+
+def test_cuda_graph_draws_a_new_mask_each_replay(gpu_backend):
+    layer = layer_on_gpu(lora_dropout=0.5)
+    x = torch.randn(64, 512, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    assert not torch.equal(first, y)
+
+
+def test_more_than_2_to_the_31_elements(gpu_backend):
+    M, N, R = 70_000, 32_768, 8  # 2.29e9 elements, 4.6 GB
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    x, W = torch.randn(M, 16, device="cuda", dtype=BF16), torch.randn(N, 16, device="cuda", dtype=BF16)
+    A, B = torch.randn(R, 16, device="cuda"), torch.randn(N, R, device="cuda")
+    with torch.no_grad():
+        y = lora_linear(x, W, A, B, 0.5)
+        for rows in (slice(0, 64), slice(M - 64, M)):
+            exact = x[rows].double() @ W.double().t() + 0.5 * (x[rows].double() @ A.double().t()) @ B.double().t()
+            eager = ((x[rows] @ W.t()).float() + 0.5 * (x[rows].float() @ A.t()) @ B.t()).to(BF16)
+            check("beyond 2**31 elements", y[rows], exact, eager, base=BF16, K=16)
+
+
+def test_large_shapes(gpu_backend):
+    for K, N in ((4096, 4096), (4096, 14336), (14336, 4096)):
+        case = make_case(8192, K, N, 16, BF16, F32, device="cuda")
+        with torch.no_grad():
+            y = lora_linear(case.x, case.W, case.A, case.B, 1.5)
+            rows = slice(4096, 4096 + 256)
+            x = case.x[rows]
+            exact = x.double() @ case.W.double().t() + 1.5 * (x.double() @ case.A.double().t()) @ case.B.double().t()
+            eager = ((x @ case.W.t()).float() + 1.5 * (x.float() @ case.A.t()) @ case.B.t()).to(BF16)
+            check(f"M=8192 K={K} N={N}", y[rows], exact, eager, base=BF16, K=K)
+
+
+def test_launch_follows_the_tensors_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for name in ON_GPU:
+        with backends.use_backend(name), torch.no_grad():
+            layer, x = layer_on_gpu().to("cuda:1"), torch.randn(8, 512, device="cuda:1", dtype=BF16)
+            with torch.cuda.device(0):
+                first = layer(x)
+            with torch.cuda.device(1):
+                assert torch.equal(first, layer(x))
+
+
+def test_nothing_waits_for_the_device(gpu_backend):
+    layer, x = layer_on_gpu(lora_dropout=0.1), torch.randn(64, 512, device="cuda", dtype=BF16, requires_grad=True)
+    step(layer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).float().square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
