@@ -35,7 +35,7 @@ def arguments():
     parser.add_argument("--data", help="a .jsonl file of instruction rows; default: harvested from Python's standard library")
     parser.add_argument("--engine", choices=("lorakernels", "peft"), default="lorakernels")
     parser.add_argument("--out", default="finetune_out", help="folder for adapter, checkpoint, plot and summary")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--r", type=int, default=16)

@@ -1,7 +1,5 @@
 """Which kernel will run, and why."""
 
-import torch
-
 from . import backends
 from .models import lora_layers
 from .modules import LoraLinear
@@ -38,7 +36,7 @@ def _describe(device, dtype, adapter_dtype, dropout_p, merged, layers, tokens):
     for name in backends.PRIMITIVES:
         function = backends.select(name, device, dtype)
         lines.append(f"  {name}: {function.__module__.rpartition('backends.')[2]}: {' '.join(function.__doc__.partition(chr(10) * 2)[0].split())}")
-    if device == "cpu" and "_cpu" not in lines[0] and dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if device == "cpu":
         reason = backends.why_not("cpu", "cpu", dtype)
         lines.append(f"  native CPU kernels: {reason or backends.load('cpu').module().isa()}")
     return "\n".join(lines)

@@ -37,6 +37,6 @@ def check(name, out, ref64, eager, *, base, K):
     assert out.shape == ref64.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref64.shape)}"
     assert torch.isfinite(out).all(), f"{name}: {int((~torch.isfinite(out)).sum())} of {out.numel()} elements are not finite"
     err, allowed = relative_error(out, ref64), max(SLACK * relative_error(eager, ref64), floor(out.dtype, base, K))
+    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e} (eager {relative_error(eager, ref64):.3e}), {out.dtype} on {base}"
     comparisons += 1
     worst = max(worst, (err / allowed, name))
-    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e} (eager {relative_error(eager, ref64):.3e}), {out.dtype} on {base}"

@@ -112,6 +112,31 @@ except ImportError as error:
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/", env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
+@pytest.mark.parametrize(
+    "name, words", [("reference", "linear_lowrank: reference"), ("fast", "backend: expected one of cuda, triton, cpu, reference, got 'fast'")]
+)
+def test_backend_by_environment(name, words):
+    script = "import lorakernels as lk; print(lk.explain(lk.LoraLinear(4, 4)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=os.environ | {"LORAKERNELS_BACKEND": name})
+    assert words in done.stdout + done.stderr
+
+
+def test_an_unbuilt_tree_beside_an_installed_build_says_so(tmp_path):
+    """A source tree without its build hides an installed one where python is started beside it."""
+    site, tree = tmp_path / "site", tmp_path / "tree"
+    for folder in (site, tree):
+        shutil.copytree(PACKAGE, folder / "lorakernels", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    (site / "lorakernels" / "_build.json").write_text('{"built": [], "left_out": {}}')
+    info = site / f"lorakernels-{lk.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lorakernels\nVersion: {lk.__version__}\n")
+    (info / "RECORD").write_text("lorakernels/_build.json,,\n")
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    out = subprocess.run([sys.executable, "-m", "lorakernels"], check=True, capture_output=True, text=True, cwd=tree, env=environment).stdout
+    assert f"{tree}/lorakernels is a source tree that was never built" in out
+    assert f"an installed build is hidden by this source tree: {site}/lorakernels" in out
+
+
 def test_python_m_lorakernels_tells_what_there_is():
     out = subprocess.run([sys.executable, "-m", "lorakernels"], check=True, capture_output=True, text=True, cwd="/").stdout
     for word in (lk.__version__, "torch", "devices", "built", "backends", "order", *backends.NAMES):

@@ -3,7 +3,7 @@
 // A block owns BLOCK_M rows by BLOCK_N columns; a thread owns eight consecutive columns of ROWS rows. v and u pass
 // through shared memory in chunks of BLOCK_R ranks; a sum runs over r = 0..R-1 in that order, so the bits depend on
 // neither the grid nor the scheduling.
-#include <cuda_runtime.h>
+#include "launch.h"
 
 #include "../philox.h"
 #include "element.cuh"
@@ -100,8 +100,8 @@ int launch(const AddLowrank& p, cudaStream_t stream) {
   if (column_blocks > 65535) return cudaErrorInvalidValue;  // N beyond 8.3 million columns
   const dim3 grid(static_cast<unsigned>(row_blocks < 0x7fffffff ? row_blocks : 0x7fffffff),
                   static_cast<unsigned>(column_blocks));
-  add_lowrank_kernel<dtype, dropout, wide><<<grid, THREADS, 0, stream>>>(p);
-  return cudaGetLastError();
+  const auto kernel = add_lowrank_kernel<dtype, dropout, wide>;
+  return LK_LAUNCH(kernel, grid, THREADS, stream, p);
 }
 
 template <DType dtype>
