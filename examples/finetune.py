@@ -15,6 +15,7 @@ import math
 import os
 import random
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -222,6 +223,22 @@ def learning_rate(step, options):
     return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
 
 
+class Interrupt:
+    """Ctrl-C asks training to stop after the step in hand, so that the checkpoint holds whole steps; twice stops at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+
 def train(model, encoded, pad, options):
     """[[loss, tokens, seconds] of each step]; on Ctrl-C the checkpoint is written and the program ends."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -231,7 +248,7 @@ def train(model, encoded, pad, options):
     log = checkpoint.load(model, optimiser) if options.resume else []
     model.train()
     bar = tqdm(total=options.steps, initial=len(log), desc="training", unit="step")
-    try:
+    with Interrupt() as interrupt:
         for step, examples in enumerate(chat.batches(encoded, options.batch, options.seed, options.steps)):
             if step < len(log):
                 continue
@@ -246,16 +263,12 @@ def train(model, encoded, pad, options):
             log.append([total.item() / answer_tokens, tokens, time.perf_counter() - start])
             bar.update()
             bar.set_postfix(loss=f"{log[-1][0]:.3f}", tokens_per_s=f"{tokens / log[-1][2]:.0f}")
-            if (step + 1) % options.save_every == 0:
+            if (step + 1) % options.save_every == 0 or step + 1 == options.steps or interrupt.asked:
                 checkpoint.save(model, optimiser, log)
-    except KeyboardInterrupt:
-        bar.close()
-        # a step that was cut in two is not in the log; its gradients are dropped and it runs again on --resume
-        if len(log) and optimiser.state:
-            checkpoint.save(model, optimiser, log)
-        sys.exit(f"\nstopped after step {len(log)}; go on with --resume --out {options.out}")
+            if interrupt.asked:
+                bar.close()
+                sys.exit(f"\nstopped after step {len(log)} of {options.steps}; go on with --resume --out {options.out}")
     bar.close()
-    checkpoint.save(model, optimiser, log)
     model.eval()
     return log
 

@@ -6,9 +6,8 @@ their own: gradients come from the Functions below.
 """
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from . import backends
+from . import backends, flops
 from .backends.reference import accumulator
 
 
@@ -55,26 +54,6 @@ def lowrank_grad_up(dy, u, B, scaling):
 @primitive("lowrank_grad_down(Tensor x, Tensor du, Tensor? seed, float dropout_p) -> Tensor")
 def lowrank_grad_down(x, du, seed, dropout_p):
     return du.new_empty(du.shape[1], x.shape[1])  # dA (R,K)
-
-
-@register_flop_formula(torch.ops.lorakernels.lowrank_down)
-def _(x, A, *_, out_shape=None, **__):
-    return 2 * x[0] * x[1] * A[0]
-
-
-@register_flop_formula(torch.ops.lorakernels.linear_lowrank)
-def _(x, w, u, *_, out_shape=None, **__):
-    return 2 * x[0] * w[0] * (x[1] + u[1])
-
-
-@register_flop_formula(torch.ops.lorakernels.lowrank_grad_up)
-def _(dy, u, B, *_, out_shape=None, **__):
-    return sum(2 * dy[0] * dy[1] * other[1] for other in (u, B) if other is not None)
-
-
-@register_flop_formula(torch.ops.lorakernels.lowrank_grad_down)
-def _(x, du, *_, out_shape=None, **__):
-    return 2 * du[0] * du[1] * x[1]
 
 
 def rows(x):
@@ -142,6 +121,8 @@ class LoraLinear(torch.autograd.Function):
 
 def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
     """LoraLinear, without the Function where no gradient can be asked for."""
+    if not torch.compiler.is_compiling():
+        flops.register()
     arguments = (x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
         return LoraLinear.apply(*arguments)

@@ -102,9 +102,8 @@ def test_interrupted_and_resumed_gives_the_same_losses(tiny, tmp_path, engine):
     resumed = subprocess.run(command(tiny, tmp_path / "cut", "--engine", engine, "--resume"), check=True, capture_output=True, text=True)
     assert "resumed after step" in resumed.stdout
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["losses"] == whole["losses"]
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        a, b = (tmp_path / where / "adapter" / name for where in ("whole", "cut"))
-        assert a.read_bytes() == b.read_bytes(), name
+    a, b = (tmp_path / where / "adapter" / "adapter_model.safetensors" for where in ("whole", "cut"))
+    assert a.read_bytes() == b.read_bytes()
     other = subprocess.run(command(tiny, tmp_path / "cut", "--engine", engine, "--resume", "--r", "4"), capture_output=True, text=True)
     assert other.returncode and "the checkpoint was made with other settings: r" in other.stderr
 

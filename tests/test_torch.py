@@ -1,5 +1,8 @@
 """PyTorch's own machinery around the layer: compile, opcheck, autocast, checkpointing, FLOPs, meta, streams."""
 
+import subprocess
+import sys
+
 import oracle
 import pytest
 import torch
@@ -146,6 +149,19 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * M * (K * N + 2 * R * (K + N))  # dx; du and dB; du A and dA
+
+
+def test_flops_are_counted_when_the_counter_is_imported_after_the_layer():
+    script = """
+import torch, lorakernels as lk
+layer = lk.LoraLinear(24, 20, r=3)
+layer(torch.randn(10, 24))
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    layer(torch.randn(10, 24))
+assert counter.get_total_flops() == 2 * 10 * (24 * 20 + 3 * (24 + 20)), counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
 
 
 def test_selective_checkpointing_sees_the_operators_by_name():

@@ -1,0 +1,51 @@
+"""FLOP formulas of the primitives, for torch.utils.flop_counter. A leaf.
+
+That module imports Triton, so it is not imported here: the formulas are put in when it is seen to be there, which is
+looked for at each call until then.
+"""
+
+import sys
+
+import torch
+
+
+def _lowrank_down(x, A, *_, out_shape=None, **__):
+    return 2 * x[0] * x[1] * A[0]
+
+
+def _linear_lowrank(x, w, u, *_, out_shape=None, **__):
+    return 2 * x[0] * w[0] * (x[1] + u[1])
+
+
+def _lowrank_grad_up(dy, u, B, *_, out_shape=None, **__):
+    return sum(2 * dy[0] * dy[1] * other[1] for other in (u, B) if other is not None)
+
+
+def _lowrank_grad_down(x, du, *_, out_shape=None, **__):
+    return 2 * du[0] * du[1] * x[1]
+
+
+FORMULAS = {
+    "lowrank_down": _lowrank_down,
+    "linear_lowrank": _linear_lowrank,
+    "lowrank_grad_up": _lowrank_grad_up,
+    "lowrank_grad_down": _lowrank_grad_down,
+}
+_registered = False
+
+
+def register():
+    """Once torch's FLOP counter is imported, teach it the formulas; counters that are already running learn them too."""
+    global _registered
+    if _registered or "torch.utils.flop_counter" not in sys.modules:
+        return
+    _registered = True
+    from torch.utils import _python_dispatch, flop_counter
+
+    packets = {getattr(torch.ops.lorakernels, name): formula for name, formula in FORMULAS.items()}
+    for packet, formula in packets.items():
+        flop_counter.register_flop_formula(packet)(formula)
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            counter.flop_registry.update({packet: flop_counter.flop_registry[packet] for packet in packets})
