@@ -61,7 +61,7 @@ def _autocast_dtype(x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a Tensor, got {_kind(x)}")
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 

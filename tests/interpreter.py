@@ -1,6 +1,8 @@
 """Repairs Triton's interpreter, which keeps bfloat16 as uint16: its dot products multiply bit patterns and its casts
 truncate (triton-lang/triton#11584). The repair turns itself off where the interpreter gets both right."""
 
+import inspect
+
 import numpy as np
 
 
@@ -34,6 +36,7 @@ def repair():
     import triton.language as tl
     from triton.runtime import interpreter
 
+    _repair_index(interpreter)
     if not broken():
         return False
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
@@ -54,3 +57,16 @@ def repair():
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
     return True
+
+
+def _repair_index(interpreter):
+    """Triton 3.6 reads a loop bound as int(array of one element), which NumPy refuses since 2.4."""
+    if "squeeze" in inspect.getsource(interpreter._patch_lang_tensor):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor

@@ -25,7 +25,7 @@ def add_lowrank(M, N, R, half):
     """
     block_m = _power_of_two(M, 16, 64)
     if half:
-        return Tile(block_m, 64, _power_of_two(R, 16, 32), 4, 2)
+        return Tile(block_m, 64, _power_of_two(R, 16, 32), 8 if block_m == 64 else 4, 2)
     return Tile(min(block_m, 32), 64, 16, 4, 2)
 
 
