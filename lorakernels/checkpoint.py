@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from . import targets
-from .models import BIASES, check_model, check_arguments, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
-from .modules import LoraLinear
+from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
+from .modules import LoraLinear, check_arguments
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1 << 20  # bytes; a real one has some two thousand
@@ -31,14 +31,14 @@ INFORMATION = {
 
 
 def save_adapter(model, directory):
-    """Write the model's adapters to `directory` as PEFT's files; PEFT, vLLM and load_adapter read them.
+    """Write the model's adapters to `directory` as PEFT's files, which PEFT and load_adapter read.
 
     Biases that train go along. Raises ValueError where the model has no adapter, or where one was merged with
     keep_base=False, or where layers differ in what PEFT's config holds once for all.
     """
     from safetensors.torch import save_file
 
-    layers = dict(some_lora_layers(model))
+    layers, directory = dict(some_lora_layers(model)), _path(directory)
     spent = [name for name, layer in layers.items() if layer.merged and "_base_weight" not in layer._buffers]
     if spent:
         raise ValueError(f"model: {spent[0]} was merged with keep_base=False; its adapter is gone")
@@ -52,10 +52,15 @@ def save_adapter(model, directory):
         tensors[f"{owner}.base_layer.bias" if owner in layers else name] = parameter
     tensors = {PREFIX + name.lstrip("."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     config = json.dumps(_config(model, layers), indent=2, sort_keys=True)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(directory / CONFIG, lambda path: path.write_text(config))
+
+
+def _path(directory):
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got a {type(directory).__name__}")
+    return Path(directory)
 
 
 def _replace(path, write):
@@ -121,7 +126,7 @@ def load_adapter(model, directory):
     ValueError or TypeError, naming the file, field, module or tensor) the model is as it was.
     """
     check_model(model)
-    directory = Path(directory)
+    directory = _path(directory)
     config = _read_config(directory / CONFIG)
     adapters, biases = _read_weights(directory)
     plan = {name: _check_module(model, config, name, pieces) for name, pieces in adapters.items()}
@@ -169,11 +174,7 @@ def _read_config(path):
     try:
         check_arguments(config["r"], config["lora_alpha"], config["lora_dropout"], False, True)
         for field in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(config.get(field) or {}, dict):
-                raise TypeError(f"{field}: expected an object, got a {type(config[field]).__name__}")
-            for pattern, value in (config.get(field) or {}).items():
-                targets.check_pattern(field, pattern)
-                check_arguments(value if field == "rank_pattern" else 1, value, 0.0, False, True)
+            check_pattern_values(field, config.get(field))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return config

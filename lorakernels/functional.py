@@ -33,7 +33,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_number(name, value):
@@ -72,8 +72,8 @@ def _check_tensor(name, tensor, shape, letters, like):
     if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape)):
         wanted = ", ".join(letter if want is None else f"{letter}={want}" for letter, want in zip(letters, shape))
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point dtype ({_names(_FLOATS)}), got {_names([tensor.dtype])}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point dtype ({_names(FLOATS)}), got {_names([tensor.dtype])}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as x is, got {tensor.device}")
 
@@ -88,14 +88,16 @@ def _check_dtype(name, tensor, allowed, why):
 
 
 def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: expected a floating-point dtype ({_names(_FLOATS)}), got {_names([x.dtype])}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: expected a floating-point dtype ({_names(FLOATS)}), got {_names([x.dtype])}")
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., K) with K of at least 1, got {tuple(x.shape)}")
     _check_tensor("weight", weight, (None, x.shape[-1]), "NK", x)
     N, K = weight.shape
+    if N == 0:
+        raise ValueError(f"weight: expected shape (N, K) with N of at least 1, got {tuple(weight.shape)}")
     _check_tensor("lora_A", lora_A, (None, K), "RK", x)
     R = lora_A.shape[0]
     if R == 0:

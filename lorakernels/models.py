@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from . import targets
-from .modules import LoraLinear, check_arguments
+from .modules import LoraLinear, check_arguments, why_unusable
 
 logger = logging.getLogger("lorakernels")
 BIASES = ("none", "all", "lora_only")
@@ -55,7 +55,7 @@ def apply_lora(
     if bias not in BIASES:
         raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {bias!r}")
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        _check_pattern_values(name, pattern)
+        check_pattern_values(name, pattern)
     wanted = _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern)
 
     common = dict(
@@ -111,7 +111,8 @@ def check_model(model):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
 
 
-def _check_pattern_values(argument, patterns):
+def check_pattern_values(argument, patterns):
+    """rank_pattern or alpha_pattern: a dict from regular expressions to valid values, or an error naming the argument."""
     if patterns is None:
         return
     if not isinstance(patterns, dict):
@@ -155,7 +156,7 @@ def why_skipped(module):
         return f"a {type(module).__name__} does more than an nn.Linear, or is read by its parent without being called"
     if hasattr(module, "_hf_hook"):
         return "accelerate has replaced its forward (device_map offloading)"
-    return None
+    return why_unusable(module)
 
 
 def train_biases(model, bias):

@@ -32,6 +32,10 @@ class LoraLinear(nn.Linear):
         lora_bias=False, init_lora_weights=True, adapter_dtype=None, device=None, dtype=None,
     ):  # fmt: skip
         check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         super().__init__(in_features, out_features, bias, device, dtype)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
@@ -54,10 +58,14 @@ class LoraLinear(nn.Linear):
     def from_linear(cls, linear, *, adapter_dtype=None, **arguments):
         """A LoraLinear over an nn.Linear's own weight and bias: shared, not copied, and frozen. Its hooks come along.
 
-        Raises TypeError where `linear` is not exactly an nn.Linear; else as the constructor.
+        Raises TypeError where `linear` is not exactly an nn.Linear with a plain floating-point weight; else as the
+        constructor.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: expected a torch.nn.Linear, got a {type(linear).__name__}")
+        why = why_unusable(linear)
+        if why:
+            raise TypeError(f"linear: {why}")
         weight = linear.weight
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None,
@@ -70,6 +78,7 @@ class LoraLinear(nn.Linear):
                 setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=weight.device)))
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(layer, hooks).update(getattr(linear, hooks))
+        layer._is_full_backward_hook = linear._is_full_backward_hook
         layer._forward_hooks_with_kwargs.update(linear._forward_hooks_with_kwargs)
         layer._forward_hooks_always_called.update(linear._forward_hooks_always_called)
         layer._forward_pre_hooks_with_kwargs.update(linear._forward_pre_hooks_with_kwargs)
@@ -235,12 +244,29 @@ class LoraLinear(nn.Linear):
         return text + (", merged" if self.merged else "")
 
 
+def why_unusable(linear):
+    """None where an nn.Linear's weight can be a LoraLinear's, else the reason."""
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, spectral_norm), not a parameter"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if weight.dtype not in functional.FLOATS:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16, float16, float32 or float64"
+    return None
+
+
+def check_size(name, value):
+    """An int of at least 1, or TypeError or ValueError naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
+
+
 def check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights):
     """The constructor's argument errors, for callers that build many layers."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: expected an int of at least 1, got {r!r}")
-    if r < 1:
-        raise ValueError(f"r: expected an int of at least 1, got {r}")
+    check_size("r", r)
     functional.check_number("lora_alpha", lora_alpha)
     functional.check_probability("lora_dropout", lora_dropout)
     if use_dora:

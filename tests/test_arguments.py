@@ -38,6 +38,7 @@ def test_the_good_ones_are_good():
         (dict(x=torch.randn(4, 8).bfloat16()), TypeError, "weight: expected bfloat16 (x's dtype"),
         (dict(weight=None), TypeError, "weight: expected a Tensor, got a NoneType"),
         (dict(weight=torch.randn(8)), ValueError, "weight: expected shape (N, K=8), got (8,)"),
+        (dict(weight=torch.randn(0, 8), lora_B=torch.randn(0, 2)), ValueError, "weight: expected shape (N, K) with N of at least 1, got (0, 8)"),
         (dict(weight=torch.randn(6, 8).half()), TypeError, "weight: expected float32"),
         (dict(weight=torch.randn(6, 8, device="meta")), ValueError, "weight: expected device cpu, as x is, got meta"),
         (dict(lora_A=torch.randn(2, 9)), ValueError, "lora_A: expected shape (R, K=8), got (2, 9)"),
@@ -167,6 +168,30 @@ def test_model_without_adapters(call, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="it has no LoraLinear; apply_lora"):
         call(nn.Linear(2, 2))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "positional, keywords, error, words",
+    [
+        ((0, 4), {}, ValueError, "in_features: expected an int of at least 1, got 0"),
+        ((4, -2), {}, ValueError, "out_features: expected an int of at least 1, got -2"),
+        ((4.0, 4), {}, TypeError, "in_features: expected an int of at least 1, got 4.0"),
+        ((4, None), {}, TypeError, "out_features: expected an int of at least 1, got None"),
+        ((4, 4), dict(dtype=torch.int8), TypeError, "dtype: expected a floating-point dtype, got torch.int8"),
+        ((4, 4), dict(dtype="bf16"), TypeError, "dtype: expected a floating-point dtype, got bf16"),
+    ],
+)
+def test_layer_sizes_and_dtype(positional, keywords, error, words):
+    with pytest.raises(error) as caught:
+        LoraLinear(*positional, **keywords)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [lk.save_adapter, lk.load_adapter])
+@pytest.mark.parametrize("directory", [3, None, ["a"]])
+def test_directory_is_a_path(call, directory):
+    with pytest.raises(TypeError, match="directory: expected a path, got a"):
+        call(nn.Sequential(LoraLinear(4, 4)), directory)
 
 
 def test_from_linear_takes_only_plain_linears():

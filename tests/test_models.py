@@ -155,6 +155,21 @@ def test_what_is_read_without_being_called_is_skipped_with_the_reason():
     assert "linear1" in report.replaced and "2 modules replaced, 1 skipped" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_weights_that_are_not_plain_parameters_are_skipped_with_the_reason():
+    class Wrapped(torch.Tensor):
+        pass
+
+    model = nn.ModuleDict({"normed": nn.utils.weight_norm(nn.Linear(4, 4)), "wrapped": nn.Linear(4, 4), "float8": nn.Linear(4, 4), "plain": nn.Linear(4, 4)})
+    model["wrapped"].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Wrapped))
+    model["float8"].weight = nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    report = lk.apply_lora(model, r=1)
+    assert report.replaced == ["plain"]
+    assert "computed by a hook" in report.skipped["normed"]
+    assert "its weight is a Wrapped" in report.skipped["wrapped"]
+    assert "its weight is float8_e4m3fn" in report.skipped["float8"]
+
+
 def test_report_strict_warning_and_log(caplog):
     model = nn.Sequential(nn.Conv1d(1, 1, 1))
     with pytest.warns(UserWarning, match="(?s)apply_lora replaced nothing.*Conv1d is not an nn.Linear"):

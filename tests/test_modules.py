@@ -92,8 +92,10 @@ def test_from_linear_shares_and_freezes_and_brings_hooks():
     layer = LoraLinear.from_linear(linear, r=2)
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert not layer.weight.requires_grad and not layer.bias.requires_grad and not layer.training
-    layer(torch.randn(2, 8))
-    assert calls == ["before", "after"]
+    linear.register_full_backward_hook(lambda *_: calls.append("gradient"))
+    layer = LoraLinear.from_linear(linear, r=2)
+    layer(torch.randn(2, 8)).sum().backward()
+    assert calls == ["before", "after", "gradient"]
 
 
 def test_from_linear_on_meta_then_loaded():

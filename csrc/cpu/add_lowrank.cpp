@@ -23,13 +23,30 @@ LK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // panel[r * cols + c] = v[n0 + c, r], zero beyond column `valid`
-static void pack(const AddLowrank& p, int64_t n0, int64_t valid, int64_t cols, float* panel, float* bias) {
+template <DType dtype>
+static void pack(const AddLowrank& p, int64_t n0, int64_t valid, int64_t cols, float* panel) {
+  using T = typename Element<dtype>::type;
+  const T* v = static_cast<const T*>(p.v.data) + n0 * p.v.row_stride;
+  if (p.v.row_stride == 1) {  // A transposed: neighbouring columns are neighbours in memory
+    for (int64_t r = 0; r < p.R; ++r)
+      for (int64_t c = 0; c < valid; ++c) panel[r * cols + c] = Element<dtype>::scalar(v[r * p.v.col_stride + c]);
+  } else {
+    for (int64_t c = 0; c < valid; ++c)
+      for (int64_t r = 0; r < p.R; ++r)
+        panel[r * cols + c] = Element<dtype>::scalar(v[c * p.v.row_stride + r * p.v.col_stride]);
+  }
+  for (int64_t r = 0; r < p.R; ++r)
+    for (int64_t c = valid; c < cols; ++c) panel[r * cols + c] = 0.0f;
+}
+
+static void pack_any(const AddLowrank& p, int64_t n0, int64_t valid, int64_t cols, float* panel, float* bias) {
   for (int64_t c = 0; c < cols; ++c)
     bias[c] = c < valid && p.bias.data ? load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
-  for (int64_t r = 0; r < p.R; ++r)
-    for (int64_t c = 0; c < cols; ++c)
-      panel[r * cols + c] =
-          c < valid ? load_scalar(p.v.data, p.v.dtype, (n0 + c) * p.v.row_stride + r * p.v.col_stride) : 0.0f;
+  switch (p.v.dtype) {
+    case DType::f32: return pack<DType::f32>(p, n0, valid, cols, panel);
+    case DType::bf16: return pack<DType::bf16>(p, n0, valid, cols, panel);
+    case DType::f16: return pack<DType::f16>(p, n0, valid, cols, panel);
+  }
 }
 
 // keep[c] = scale where column n0 + c of row m is kept, else 0
@@ -81,7 +98,7 @@ LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int6
 template <DType dtype, bool dropout>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, float* scratch) {
   float *panel = scratch, *bias = panel + p.R * cols, *keep = bias + cols;
-  pack(p, n0, valid, cols, panel, bias);
+  pack_any(p, n0, valid, cols, panel, bias);
   int64_t m = m0;
   for (; m + ROWS <= m1; m += ROWS) {
     if (dropout)

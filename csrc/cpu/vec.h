@@ -154,16 +154,19 @@ LK_INLINE void store_f16(uint16_t* p, Vec a) { for (int i = 0; i < VL; ++i) p[i]
 template <DType> struct Element;
 template <> struct Element<DType::f32> {
   using type = float;
+  LK_INLINE float scalar(float a) { return a; }
   LK_INLINE Vec get(const float* p) { return load(p); }
   LK_INLINE void put(float* p, Vec a) { store(p, a); }
 };
 template <> struct Element<DType::bf16> {
   using type = uint16_t;
+  LK_INLINE float scalar(uint16_t a) { return bf16_to_float(a); }
   LK_INLINE Vec get(const uint16_t* p) { return load_bf16(p); }
   LK_INLINE void put(uint16_t* p, Vec a) { store_bf16(p, a); }
 };
 template <> struct Element<DType::f16> {
   using type = uint16_t;
+  LK_INLINE float scalar(uint16_t a) { return f16_to_float(a); }
   LK_INLINE Vec get(const uint16_t* p) { return load_f16(p); }
   LK_INLINE void put(uint16_t* p, Vec a) { store_f16(p, a); }
 };
