@@ -219,7 +219,7 @@ def _check_module(model, config, name, pieces):
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{where}: the model has no such module") from None
-    if not isinstance(module, LoraLinear) and (why := why_skipped(module)):
+    if not isinstance(module, LoraLinear) and (why := why_skipped(model, name)):
         raise ValueError(f"{where}: {why}")
     A, B = (pieces.get(kind) for kind in ("lora_A.weight", "lora_B.weight"))
     if A is None or B is None:

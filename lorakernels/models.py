@@ -62,10 +62,10 @@ def apply_lora(
         lora_dropout=lora_dropout, use_rslora=use_rslora, lora_bias=lora_bias, init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype
     )
     report, plan = Report(), {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, _ in model.named_modules(remove_duplicate=False):
         if not name or name not in wanted:
             continue
-        why = why_skipped(module)
+        why = why_skipped(model, name)
         report[name] = f"skipped: {why}" if why else "replaced"
         if not why:
             own = dict(r=targets.by_pattern(rank_pattern, name, r), lora_alpha=targets.by_pattern(alpha_pattern, name, lora_alpha))
@@ -146,14 +146,17 @@ def _targets(model, target_modules, exclude_modules, layers_to_transform, layers
     return targets.Targets(names, exclude, layers, layers_pattern)
 
 
-def why_skipped(module):
-    """None where a LoraLinear can take the module's place, else the reason."""
+def why_skipped(model, name):
+    """None where a LoraLinear can take the place of the module of that name, else the reason."""
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, LoraLinear):
         return "it has an adapter already"
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__} is not an nn.Linear"
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__} does more than an nn.Linear, or is read by its parent without being called"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight without calling it, in eval mode"
     if hasattr(module, "_hf_hook"):
         return "accelerate has replaced its forward (device_map offloading)"
     return why_unusable(module)

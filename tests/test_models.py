@@ -149,10 +149,11 @@ def test_a_module_in_two_places_becomes_one_layer():
 
 
 def test_what_is_read_without_being_called_is_skipped_with_the_reason():
-    model = nn.TransformerEncoderLayer(16, 2)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(16, 2), "head": nn.Linear(16, 4)})
     report = lk.apply_lora(model, r=2)
-    assert "read by its parent" in report.skipped["self_attn.out_proj"]
-    assert "linear1" in report.replaced and "2 modules replaced, 1 skipped" in str(report)
+    assert "read by its parent" in report.skipped["encoder.self_attn.out_proj"]
+    assert "reads its weight without calling it" in report.skipped["encoder.linear1"]
+    assert report.replaced == ["head"] and "1 modules replaced, 3 skipped" in str(report)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
