@@ -135,7 +135,8 @@ class CMakeBuild(build_ext):
         self.done = True
         import pybind11
 
-        tool = shutil.which("cmake"), shutil.which("ninja")
+        beside = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])  # a venv that is not activated
+        tool = shutil.which("cmake", path=beside), shutil.which("ninja", path=beside)
         if None in tool:
             sys.exit("lorakernels: cmake and ninja are needed to build: pip install cmake ninja, or set LORAKERNELS_BUILD=none")
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"

@@ -46,12 +46,9 @@ def _build():
 
 def _installed_elsewhere():
     """An installed build that this source tree hides, as it does when python is started beside it."""
-    try:
-        files = importlib.metadata.distribution("lorakernels").files or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for file in files:
-        path = file.locate()
+    # all of them: building leaves an egg-info in the source tree, which stands first
+    files = [file for found in importlib.metadata.distributions(name="lorakernels") for file in found.files or []]
+    for path in {file.locate() for file in files}:
         if path.name == "_build.json" and path.parent.resolve() != native.PACKAGE.resolve():
             yield f"an installed build is hidden by this source tree: {path.parent}; start python elsewhere to use it"
 

@@ -131,6 +131,10 @@ def test_an_unbuilt_tree_beside_an_installed_build_says_so(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lorakernels\nVersion: {lk.__version__}\n")
     (info / "RECORD").write_text("lorakernels/_build.json,,\n")
+    left = tree / "lorakernels.egg-info"  # as building leaves it in the source tree
+    left.mkdir()
+    (left / "PKG-INFO").write_text((info / "METADATA").read_text())
+    (left / "SOURCES.txt").write_text("lorakernels/__init__.py\n")
     environment = os.environ | {"PYTHONPATH": str(site)}
     out = subprocess.run([sys.executable, "-m", "lorakernels"], check=True, capture_output=True, text=True, cwd=tree, env=environment).stdout
     assert f"{tree}/lorakernels is a source tree that was never built" in out
