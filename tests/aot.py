@@ -43,7 +43,7 @@ def jobs():
                     sizes = dict.fromkeys(("M", "N", "R"), "i32") | {"scaling": "fp32", "threshold": "i32", "dropout_scale": "fp32"}
                     strides = dict.fromkeys(("stride_ym", "stride_um", "stride_vn", "stride_vr", "stride_bias"), "i64")
                     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-                    name = f"add_lowrank y={y} v={v} dropout={int(dropout)} bias={int(bias)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_R}"
+                    name = f"add_lowrank y={y} v={v} dropout={int(dropout)} bias={int(bias)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_R} warps={tile.num_warps} stages={tile.num_stages}"
                     quick = dropout and bias and y != "float16" and tile in (every[0], every[-1])
                     yield name, kernels.add_lowrank, pointers | sizes | strides, constants, options, half, quick
 
@@ -71,7 +71,7 @@ def measure(compiled, target):
 
 
 def source_hash():
-    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, tiles)) + Path(__file__).read_text() + triton.__version__
+    text = "".join(Path(module.__file__).read_text() for module in (kernels, language)) + Path(__file__).read_text() + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
