@@ -20,7 +20,39 @@ struct Dropout {
   float scale;          // 1 / (1 - threshold / 65536)
 };
 
-// y (M,N) += scaling * drop'(u (M,R) v (N,R)^T) + bias (N), in place, sums in float32, one rounding at the store.
+// u (M,R) = drop(x) A^T for several A that share x, side by side: part i has R_i columns of u and a mask of its own, from
+// seed[i]. Sums in float32.
+constexpr int MAX_PARTS = 8;
+struct LowrankDown {
+  struct Part {
+    Matrix A;  // (R,K), any strides
+    int64_t R;
+  };
+  int64_t M, K;
+  Matrix x;  // any strides
+  Matrix u;  // float32, col_stride 1, the parts' columns one after the other
+  int32_t parts;
+  Part part[MAX_PARTS];
+  Dropout dropout;
+};
+
+// du (M,R) = scaling * dy B     dB (N,R) = scaling * dy^T u     dA (R,K) = du^T drop(x)
+// What has no data is not asked for: without B no du and no dA, without u no dB, without x no dA.
+struct LowrankGrad {
+  int64_t M, N, K, R;
+  Matrix dy;  // (M,N), any strides
+  Matrix x;   // (M,K), any strides
+  Matrix u;   // float32, col_stride 1
+  Matrix B;   // (N,R), any strides
+  Matrix du;  // float32, contiguous
+  Matrix dA;  // contiguous
+  Matrix dB;  // contiguous
+  float scaling;
+  Dropout dropout;
+  float* workspace;  // CUDA: partial sums
+};
+
+// y (M,N) += scaling * (drop'(u (M,R) v (N,R)^T) + bias (N)), in place, sums in float32, one rounding at the store.
 struct AddLowrank {
   int64_t M, N, R;
   Matrix y;     // col_stride 1

@@ -10,26 +10,22 @@ import torch
 
 
 def _lowrank_down(x, A, *_, out_shape=None, **__):
-    return 2 * x[0] * x[1] * A[0]
+    return sum(2 * x[0] * x[1] * a[0] for a in A)
 
 
 def _linear_lowrank(x, w, u, *_, out_shape=None, **__):
     return 2 * x[0] * w[0] * (x[1] + u[1])
 
 
-def _lowrank_grad_up(dy, u, B, *_, out_shape=None, **__):
-    return sum(2 * dy[0] * dy[1] * other[1] for other in (u, B) if other is not None)
-
-
-def _lowrank_grad_down(x, du, *_, out_shape=None, **__):
-    return 2 * du[0] * du[1] * x[1]
+def _lowrank_grad(dy, x, u, B, *_, out_shape=None, **__):
+    R = (B or u)[1]
+    return 2 * dy[0] * R * (dy[1] * ((u is not None) + (B is not None)) + (x[1] if x is not None else 0))
 
 
 FORMULAS = {
     "lowrank_down": _lowrank_down,
     "linear_lowrank": _linear_lowrank,
-    "lowrank_grad_up": _lowrank_grad_up,
-    "lowrank_grad_down": _lowrank_grad_down,
+    "lowrank_grad": _lowrank_grad,
 }
 _registered = False
 

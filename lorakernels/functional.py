@@ -69,7 +69,11 @@ def _autocast_dtype(x):
 def _check_tensor(name, tensor, shape, letters, like):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
-    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape)):
+    fits = tensor.dim() == len(shape)
+    if fits:
+        for have, want in zip(tensor.shape, shape):
+            fits = fits and (want is None or have == want)
+    if not fits:
         wanted = ", ".join(letter if want is None else f"{letter}={want}" for letter, want in zip(letters, shape))
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS:

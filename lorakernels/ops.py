@@ -5,6 +5,8 @@ A primitive is opaque to torch.compile; its body is a backend's function of the 
 their own: gradients come from the Functions below.
 """
 
+import functools
+
 import torch
 
 from . import backends, flops
@@ -20,19 +22,39 @@ def primitive(schema):
         torch.library.define(qualified, schema[len(name) :])
         torch.library.register_fake(qualified)(shape_rule)
 
-        @torch.library.impl(qualified, "CompositeExplicitAutograd")
         def body(*arguments):
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+                raise RuntimeError(f"{qualified} does not support automatic differentiation; lorakernels.functional does")
             base = arguments[0]  # x or dy: its device and dtype decide
             return backends.select(name, base.device.type, base.dtype)(*arguments)
 
-        return getattr(torch.ops.lorakernels, name).default
+        torch.library.impl(qualified, "CompositeExplicitAutograd")(body)
+        operator = getattr(torch.ops.lorakernels, name).default
+
+        @functools.wraps(shape_rule)
+        def call(*arguments):
+            base = arguments[0]
+            if _watched() or base.is_meta or type(base) not in PLAIN:
+                return operator(*arguments)
+            return body(*arguments)
+
+        return call
 
     return register
 
 
-@primitive("lowrank_down(Tensor x, Tensor A, Tensor? seed, float dropout_p) -> Tensor")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _watched():
+    """Whether somebody (torch.compile, a dispatch mode, the profiler) looks at operators. Where nobody does, a primitive's
+    body is called without the dispatcher, which costs more than the call of a kernel."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.profiler._is_profiler_enabled
+
+
+@primitive("lowrank_down(Tensor x, Tensor[] A, Tensor? seed, float dropout_p) -> Tensor")
 def lowrank_down(x, A, seed, dropout_p):
-    return x.new_empty(x.shape[0], A.shape[0], dtype=accumulator(x.dtype))  # u (M,R)
+    return x.new_empty(x.shape[0], sum(a.shape[0] for a in A), dtype=accumulator(x.dtype))  # u (M,R); A's share x: side by side
 
 
 @primitive(
@@ -43,17 +65,16 @@ def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     return x.new_empty(x.shape[0], w.shape[0])  # y (M,N)
 
 
-@primitive("lowrank_grad_up(Tensor dy, Tensor? u, Tensor? B, float scaling) -> (Tensor, Tensor)")
-def lowrank_grad_up(dy, u, B, scaling):
-    dtype = accumulator(dy.dtype)
-    du = dy.new_empty((0,) if B is None else (dy.shape[0], B.shape[1]), dtype=dtype)
-    dB = dy.new_empty((0,) if u is None else (dy.shape[1], u.shape[1]), dtype=dtype)
-    return du, dB  # (M,R), (N,R)
-
-
-@primitive("lowrank_grad_down(Tensor x, Tensor du, Tensor? seed, float dropout_p) -> Tensor")
-def lowrank_grad_down(x, du, seed, dropout_p):
-    return du.new_empty(du.shape[1], x.shape[1])  # dA (R,K)
+@primitive(
+    "lowrank_grad(Tensor dy, Tensor? x, Tensor? u, Tensor? B, Tensor? seed, float dropout_p, float scaling, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
+    R = u.shape[1] if B is None else B.shape[1]
+    du = dy.new_empty((0,) if B is None else (dy.shape[0], R), dtype=accumulator(dy.dtype))
+    dA = dy.new_empty((0,) if x is None else (R, x.shape[1]), dtype=dtype)
+    dB = dy.new_empty((0,) if u is None else (dy.shape[1], R), dtype=dtype)
+    return du, dA, dB  # (M,R), (R,K), (N,R)
 
 
 def rows(x):
@@ -66,7 +87,7 @@ def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
     if dtype is not None:
         x, W, A, B, bias, lora_bias = (t if t is None else t.to(dtype) for t in (x, W, A, B, bias, lora_bias))
     x_rows = rows(x)
-    u = lowrank_down(x_rows, A, seed, dropout_p)
+    u = lowrank_down(x_rows, [A], seed, dropout_p)
     y = linear_lowrank(x_rows, W, u, B, scaling, bias, lora_bias, None, 0.0)
     return y.view(*x.shape[:-1], W.shape[0]), u
 
@@ -102,13 +123,14 @@ class LoraLinear(torch.autograd.Function):
         x = None if x is None else rows(x)
         dx = dW = dA = dB = dbias = dlora_bias = None
         if need_x or need_A or need_B:
-            du, dB = lowrank_grad_up(dy, u if need_B else None, B if need_x or need_A else None, ctx.scaling)
+            du, dA, dB = lowrank_grad(
+                dy, x if need_A else None, u if need_B else None, B if need_x or need_A else None, seed, ctx.dropout_p, ctx.scaling, weight_dtypes[1]
+            )
+            dA = dA if need_A else None
             dB = dB.to(weight_dtypes[2]) if need_B else None
         if need_x:
             dx = linear_lowrank(dy, W.t(), du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        if need_A:
-            dA = lowrank_grad_down(x, du, seed, ctx.dropout_p).to(weight_dtypes[1])
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
                 dW = torch.mm(dy.t(), x).to(weight_dtypes[0])

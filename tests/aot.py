@@ -1,8 +1,9 @@
 """Ahead-of-time compilation of the Triton kernels, run as a process of its own: the interpreter's jit functions cannot
-be compiled. `python tests/aot.py FOLDER` compiles every kernel x configuration x target that is not in the cache yet and
-prints one JSON line each: what the compiled code uses."""
+be compiled. `python tests/aot.py FOLDER TARGET [--full]` compiles every kernel x configuration that is not in the cache yet
+and prints one JSON line each: what the compiled code uses."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,11 +13,14 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorakernels.backends.triton import kernels, language, tiles
+import triton.language as tl
+
+from lorakernels.backends.triton import kernels, language, matmul, mode, terms, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -28,24 +32,75 @@ MATRIX = r"HMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+DTYPES = {torch.float32: (tl.float32, "fp32"), torch.bfloat16: (tl.bfloat16, "bf16"), torch.float16: (tl.float16, "fp16")}
+MIXES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float16, torch.float16)]
+FLOATS = ("scaling", "dropout_scale", "A_scale", "B_scale")
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+
+
+class Job:
+    """A kernel with all that it is compiled for, in the types that its launcher would pass on ordinary tensors: row strides
+    and sizes are multiples of 16, the last dimension is contiguous."""
+
+    def __init__(self, kernel, base, adapter, tile, pointers, constants, ones=(), targets=TARGETS, common=True):
+        self.kernel, self.half, self.targets = kernel, base != torch.float32, targets
+        values = tile._asdict()
+        self.options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+        self.constants = constants | values | dict.fromkeys(ones, 1)
+        self.signature, self.attrs = {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in self.constants:
+                self.signature[name] = "constexpr"
+                continue
+            self.signature[name] = pointers.get(name, "fp32" if name in FLOATS else "i32")
+            if self.signature[name].startswith("*") or (self.signature[name] == "i32" and name not in ("R", "threshold")):
+                self.attrs[(i,)] = [["tt.divisibility", 16]]
+        made = " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in {**self.constants, **self.options}.items() if not name.startswith("stride"))
+        self.name = f"{kernel.__name__} {DTYPES[base][1]}+{DTYPES[adapter][1]} {made}"
+        self.quick = common and (base, adapter) in (MIXES[0], MIXES[1])
+
+
 def jobs():
-    """(name, kernel, signature, constants, options, whether it multiplies in half precision, whether `make test` has it)."""
-    element = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    for y, v in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("float16", "float16")):
-        half = y != "float32"
-        terms = 3 if not half else 2 if v == "float32" else 1
-        for dropout in (False, True):
-            for bias in (False, True):
-                every = tiles.every_add_lowrank(half)
-                for tile in every:
-                    constants = {"HAS_BIAS": bias, "DROPOUT": dropout, "TERMS": terms, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_R": tile.BLOCK_R}
-                    pointers = {"y": f"*{element[y]}", "u": "*fp32", "v": f"*{element[v]}", "bias": f"*{element[v]}", "seed": "*i64"}
-                    sizes = dict.fromkeys(("M", "N", "R"), "i32") | {"scaling": "fp32", "threshold": "i32", "dropout_scale": "fp32"}
-                    strides = dict.fromkeys(("stride_ym", "stride_um", "stride_vn", "stride_vr", "stride_bias"), "i64")
-                    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-                    name = f"add_lowrank y={y} v={v} dropout={int(dropout)} bias={int(bias)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_R} warps={tile.num_warps} stages={tile.num_stages}"
-                    quick = dropout and bias and y != "float16" and tile in (every[0], every[-1])
-                    yield name, kernels.add_lowrank, pointers | sizes | strides, constants, options, half, quick
+    """Every kernel x dtypes x configuration that the tables can return. `quick` is what `make test` compiles. What a flag
+    adds to a kernel (a mask, a bias) is compiled in its largest form for float16, in each form for the others."""
+    for base, adapter in MIXES:
+        (_, x), (_, a) = DTYPES[base], DTYPES[adapter]
+        half, count = base != torch.float32, {"MODE": mode(base, adapter)}
+        named = count | {"DTYPE": DTYPES[adapter][0]}
+        sides = lambda every: (every[0], every[-1])  # noqa: E731
+        forms = (True,) if base == torch.float16 else (True, False)
+        for dropout in forms:
+            for tile in (every := tiles.every_lowrank_down(half)):
+                yield Job(kernels.lowrank_down, base, adapter, tile, {"x": f"*{x}", "A": f"*{a}", "seed": "*i64", "u": "*fp32"},
+                          count | {"DROPOUT": dropout, "X_TERMS": terms(base)}, ("stride_xk", "stride_ak"),
+                          common=dropout and tile in sides(every))  # fmt: skip
+            for bias in forms:
+                for tile in (every := tiles.every_add_lowrank(half)):
+                    yield Job(kernels.add_lowrank, base, adapter, tile, {"y": f"*{x}", "u": "*fp32", "v": f"*{a}", "bias": f"*{a}", "seed": "*i64"},
+                              count | {"HAS_BIAS": bias, "DROPOUT": dropout}, ("stride_vr",),
+                              common=dropout and bias and tile in sides(every))  # fmt: skip
+            for tile in (every := tiles.every_lowrank_grad_down(half)):
+                yield Job(kernels.lowrank_grad_down, base, adapter, tile, {"x": f"*{x}", "du": "*fp32", "seed": "*i64", "dA_parts": "*fp32"},
+                          named | {"DROPOUT": dropout, "X_TERMS": terms(base)}, ("stride_xk",), common=dropout and tile in sides(every))  # fmt: skip
+            for hopper, turned, biases in itertools.product((False, True), (False, True), (False, True)):
+                if (turned and not hopper) or (dropout and biases):
+                    continue  # pointers and strides are one kernel; a mask is drawn for dx, which has no biases
+                for tile in (every := tiles.every_linear_lowrank(half, hopper, not dropout and not biases)):
+                    w_block = (tile.BLOCK_K, tile.BLOCK_N) if turned else (tile.BLOCK_N, tile.BLOCK_K)
+                    operands = {"x": f"tensordesc<{x}[{tile.BLOCK_M},{tile.BLOCK_K}]>", "w": f"tensordesc<{x}[{w_block[0]},{w_block[1]}]>"} if hopper else {"x": f"*{x}", "w": f"*{x}"}
+                    yield Job(matmul.linear_lowrank, base, adapter, tile,
+                              operands | {"u": "*fp32", "v": f"*{a}", "bias": f"*{x}", "lowrank_bias": f"*{a}", "seed": "*i64", "y": f"*{x}"},
+                              count | {"HAS_BIAS": biases, "HAS_LOWRANK_BIAS": biases, "DROPOUT": dropout,
+                                       "PRECISION": "ieee", "DESCRIPTORS": hopper, "W_TURNED": turned},
+                              ("stride_xk", "stride_wk", "stride_vr"), NVIDIA[1:] if hopper else TARGETS,
+                              common=tile == every[-1] and dropout != biases)  # fmt: skip
+        for need_du, need_dB in ((True, True), (True, False), (False, True)):
+            for tile in (every := tiles.every_lowrank_grad_up(half)):
+                yield Job(kernels.lowrank_grad_up, base, adapter, tile, {"dy": f"*{x}", "u": "*fp32", "B": f"*{a}", "du": "*fp32", "dB_parts": "*fp32"},
+                          named | {"NEED_DU": need_du, "NEED_DB": need_dB, "Y_TERMS": terms(base)}, ("stride_yn", "stride_br"),
+                          common=need_du and need_dB and tile in sides(every))  # fmt: skip
+    for dtype in DTYPES:
+        yield Job(kernels.sum_parts, torch.float32, dtype, tiles.sum_parts(), {"A_parts": "*fp32", "B_parts": "*fp32", "dA": f"*{DTYPES[dtype][1]}", "dB": f"*{DTYPES[dtype][1]}"}, {})
 
 
 def measure(compiled, target):
@@ -66,38 +121,36 @@ def measure(compiled, target):
         "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": shared,
         "matrix": len(re.findall(MATRIX, sass)),
-        "wide": len(re.findall(r"\b(?:LDG|STG)\.E[.\w]*\.128\b", sass)),
+        "wide": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.E[.\w]*\.128\b|UTMALDG", sass)),
     }
 
 
 def source_hash():
-    text = "".join(Path(module.__file__).read_text() for module in (kernels, language)) + Path(__file__).read_text() + triton.__version__
+    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul)) + Path(__file__).read_text() + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def main(folder, full):
+def main(folder, target, full):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["AOT_FOLDER"] = str(folder)
-    cache = folder / f"aot-{source_hash()}.json"
+    cache = folder / f"{target}-{source_hash()}.json"
     known = json.loads(cache.read_text()) if cache.exists() else {}
-    for name, kernel, signature, constants, options, half, quick in jobs():
-        if not (full or quick):
+    gpu, limit = TARGETS[target]
+    for job in jobs():
+        if target not in job.targets or not (full or job.quick):
             continue
-        for target, (gpu, limit) in TARGETS.items():
-            key = f"{name} {target}"
-            if key not in known:
-                pointers = [i for i, t in enumerate(signature.values()) if t.startswith("*")]
-                source = ASTSource(
-                    fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants,
-                    attrs={(i,): [["tt.divisibility", 16]] for i in pointers + [5 + 1, 5 + 6]},  # N and y's row stride too
-                )  # fmt: skip
-                known[key] = measure(triton.compile(source, target=gpu, options=options), target) | {
-                    "limit": limit, "expects_matrix": half or gpu.backend == "hip",  # AMD has float32 matrix instructions
-                }  # fmt: skip
-                cache.write_text(json.dumps(known))
-            print(json.dumps({"name": key} | known[key]))
+        if job.name not in known:
+            source = ASTSource(fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attrs)
+            try:
+                compiled = triton.compile(source, target=gpu, options=job.options)
+            except Exception as error:
+                raise RuntimeError(f"{job.name} {target}") from error
+            matrix = "BLOCK_R" in job.constants and (job.half or gpu.backend == "hip")  # AMD has float32 matrix instructions
+            known[job.name] = measure(compiled, target) | {"limit": limit, "expects_matrix": matrix}
+            cache.write_text(json.dumps(known))
+        print(json.dumps({"name": job.name, "target": target} | known[job.name]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--full" in sys.argv)
+    main(sys.argv[1], sys.argv[2], "--full" in sys.argv)

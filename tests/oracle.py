@@ -124,3 +124,22 @@ def hold(results, case, *, autocast=None, label=""):
     for name, out in results.items():
         assert out.dtype == eager[name].dtype, f"{label}{name}: {out.dtype}, expected {eager[name].dtype}"
         check(f"{label}{'y' if name == 'y' else 'd' + name}", out, exact[name], eager[name], base=base, K=K)
+
+
+def hold_shared(base, adapter, p, device="cpu"):
+    """lowrank_down of several A's that share x, each with its own mask, under the error rule: one u beside the other."""
+    from lorakernels import ops
+
+    generator = torch.Generator().manual_seed(3)
+    for ranks in ((3, 3, 3), (16, 1, 17), (2,) * 11):
+        M, K = 37, 72
+        x = torch.randn(M, K, generator=generator).to(base).to(device)
+        A = [torch.randn(r, K, generator=generator).to(adapter).to(device) for r in ranks]
+        seeds = torch.arange(100, 100 + len(ranks), device=device) if p else None
+        u = ops.lowrank_down(x, A, seeds, p)
+        assert u.shape == (M, sum(ranks)) and u.dtype == torch.float32
+        for i, (a, part) in enumerate(zip(A, u.split(ranks, dim=1))):
+            kept = keep(100 + i, M, K, p).to(device) * scale(p) if p else torch.ones(M, K, device=device)
+            exact = (x.double() * kept) @ a.double().t()
+            eager = ((x.to(adapter) * kept.to(adapter)) @ a.t()).float()
+            check(f"shared x, A {i} of {len(A)}", part, exact, eager, base=base, K=K)

@@ -8,12 +8,16 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from numerics import check
+from oracle import make_case
 
-from lorakernels import dropout
+from lorakernels import backends, dropout, ops
+from lorakernels.backends import cuda
 from lorakernels.backends.native import add_lowrank_arguments
+from lorakernels.functional import lora_linear
 
 ROOT = Path(__file__).parent.parent
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -30,28 +34,31 @@ def cuda_headers():
     return None
 
 
-def build(edit=lambda text: text):
-    """Compile the emulated kernels, after `edit` of each .cu file; kept by the hash of all that went in."""
+def build(edit=lambda file, text: text):
+    """Compile the emulated kernels, after `edit` of each file of csrc/cuda; kept by the hash of all that went in."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     headers, compiler = cuda_headers(), shutil.which("g++")
     if headers is None or compiler is None or not (ROOT / "csrc").exists():
         pytest.skip("needs the source tree, g++ and the CUDA toolkit's headers")
-    sources = {path: edit(path.read_text()) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
-    headers_text = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh")))
-    key = hashlib.sha256((headers_text + "".join(sources.values()) + sysconfig.get_config_var("EXT_SUFFIX")).encode()).hexdigest()[:16]
+    texts = {path: edit(path.name, path.read_text()) for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
+    others = [path.read_text() for name in ("bindings", "emulation") for path in sorted((ROOT / "csrc" / name).iterdir())]
+    others += [path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))]
+    key = hashlib.sha256("".join([*others, *texts.values(), sysconfig.get_config_var("EXT_SUFFIX")]).encode()).hexdigest()[:16]
     folder = ROOT / ".cache" / f"emulated-{key}"
     module = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for path, text in sources.items():
-            files.append(folder / f"{path.stem}-{os.getpid()}.cpp")
-            files[-1].write_text(text.replace('#include "', f'#include "{path.parent}/'))
+        work = folder / str(os.getpid())  # a copy of csrc, with the edited files
+        shutil.copytree(ROOT / "csrc", work, dirs_exist_ok=True)
+        for path, text in texts.items():
+            (work / "cuda" / path.name).write_text(text)
+        files = sorted((work / "cuda").glob("*.cu"))
         beside = folder / f"{os.getpid()}.so"
         command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DLK_CUDA_EMULATION"]
         command += [f"-I{folder}" for folder in (headers, pybind11.get_include(), sysconfig.get_paths()["include"])]
-        subprocess.run([*command, *files, ROOT / "csrc" / "emulation" / "binding.cpp", "-o", beside], check=True)
+        subprocess.run([*command, "-x", "c++", *files, work / "emulation" / "binding.cpp", "-o", beside], check=True)
         os.replace(beside, module)
+        shutil.rmtree(work)
     # a name of its own: Python hands out the first module that was loaded under a name again
     spec = importlib.util.spec_from_file_location(f"emulated_{key}._cuda_emulated", module)
     loaded = importlib.util.module_from_spec(spec)
@@ -76,11 +83,11 @@ def hold(module, M, N, R, dtype, v_dtype, p=0.0, transposed=False, bias=False, o
     b = torch.randn(N).to(v_dtype) if bias else None
     seed = torch.tensor([77]) if p else None
     module.seed(order)
-    module.add_lowrank(*add_lowrank_arguments(y, u, v, 0.5, b, seed, p))
+    module.add_lowrank(0, *add_lowrank_arguments(y, u, v, 0.5, b, seed, p))
     kept = dropout.keep_mask(seed, M, N, p) * dropout.scale(p) if p else torch.ones(M, N)
     added = torch.zeros(N) if b is None else b
-    exact = start.double() + 0.5 * (u.double() @ v.double().t()) * kept.double() + added.double()
-    eager = (start.float() + 0.5 * (u @ v.float().t()) * kept.float() + added.float()).to(dtype)
+    exact = start.double() + 0.5 * ((u.double() @ v.double().t()) * kept.double() + added.double())
+    eager = (start.float() + 0.5 * ((u @ v.float().t()) * kept.float() + added.float())).to(dtype)
     check(f"CUDA emulated {M}x{N} R={R}", y.clone(), exact, eager, base=dtype, K=R)
     around[1 : M + 1, 8 + shift : 8 + shift + N] = y
     assert torch.equal(frame, around), "wrote outside its matrix"
@@ -105,46 +112,180 @@ def test_any_order_of_warps(emulated, order):
     hold(emulated, 65, 130, 70, BF16, F32, order=order)
 
 
-BARRIERS = [0, 1]
+# -- the whole backend on the emulation: cuda.py with the launches replaced ------------------------------------------------
+
+
+def put_on_emulation(module, monkeypatch):
+    monkeypatch.setattr(cuda, "module", lambda: module)
+    monkeypatch.setattr(cuda, "launch", lambda name, tensor, arguments: getattr(module, name)(0, *arguments))
+    monkeypatch.setattr(backends, "select", lambda primitive, *rest: getattr(cuda, primitive))
+
+
+@pytest.fixture
+def on_emulation(emulated, monkeypatch):
+    put_on_emulation(emulated, monkeypatch)
+    return emulated
+
+
+def layer_case(M, K, N, R, base, adapter, p=0.0, **layout):
+    case = make_case(M, K, N, R, base, adapter, bias=True, lora_bias=True, p=p, **layout)
+    if p:
+        torch.manual_seed(11)
+        case.mask = dropout.keep_mask(dropout.draw_seed("cpu"), M, K, p)
+    return case
+
+
+def hold_layer(case, label=""):
+    torch.manual_seed(11)
+    results = oracle.run(lora_linear, case)
+    oracle.hold(results, case, label=label)
+    return results
+
+
+# one row and rank; below, at and beyond a tile of 32 x 128 x 16; several groups of rows and slabs; nothing a multiple
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)])
+@pytest.mark.parametrize("M, K, N, R", [(0, 8, 8, 2), (1, 1, 1, 1), (31, 127, 130, 3), (64, 128, 128, 16), (150, 260, 70, 17), (33, 72, 300, 70)])
+def test_whole_layer(on_emulation, base, adapter, M, K, N, R):
+    hold_layer(layer_case(M, K, N, R, base, adapter))
+    if M:
+        hold_layer(layer_case(M, K, N, R, base, adapter, p=0.3))
+
+
+@pytest.mark.parametrize("base", [F32, BF16])
+def test_whole_layer_in_any_layout(on_emulation, base):
+    M, K, N = 35, 40, 48
+    for x in (torch.randn(2 * M, 2 * K)[::2, ::2], torch.randn(K, M).t(), torch.randn(1, K).expand(M, K), torch.randn(M * K + 1)[1:].view(M, K)):
+        hold_layer(layer_case(M, K, N, 5, base, F32, x=x.to(base)))
+    for dy in (torch.randn(2 * M, 2 * N)[::2, ::2], torch.randn(N, M).t(), torch.randn(1, 1).expand(M, N), torch.randn(M * N + 1)[1:].view(M, N)):
+        hold_layer(layer_case(M, K, N, 5, base, F32, dy=dy.to(base)))
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_whole_layer_in_any_order_of_warps_and_blocks(on_emulation, order):
+    case, results = layer_case(70, 200, 140, 20, BF16, F32, p=0.2), []
+    for seed in (order, order + 100):
+        on_emulation.seed(seed)
+        results.append(hold_layer(case))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def hold_many_rows():
+    """More than 256 groups of 64 rows: a program adds to its own part of dB from its second group on. dB alone, where no
+    sum over warps stands between two groups."""
+    dy, u = torch.randn(256 * 64 + 70, 8).to(BF16), torch.randn(256 * 64 + 70, 2)
+    dB = ops.lowrank_grad(dy, None, u, None, None, 0.0, 1.5, F32)[2]
+    check("dB of many rows", dB, 1.5 * dy.double().t() @ u.double(), 1.5 * dy.float().t() @ u, base=BF16, K=len(dy))
+
+
+def test_more_rows_than_programs_share_the_parts(on_emulation):
+    hold_many_rows()
+    hold_layer(layer_case(256 * 64 + 70, 8, 8, 2, BF16, F32))
+
+
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (F16, F16)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_adapters_that_share_x(on_emulation, base, adapter, p):
+    oracle.hold_shared(base, adapter, p)
+
+
+def test_each_result_alone(on_emulation):
+    case = make_case(40, 24, 36, 5, BF16, F32)
+    u = ops.lowrank_down(case.x, [case.A], None, 0.0)
+    du, dA, dB = ops.lowrank_grad(case.dy, case.x, u, case.B, None, 0.0, 1.5, F32)
+    for x, u_in, B in ((None, None, case.B), (None, u, None), (case.x, None, case.B), (None, u, case.B)):
+        alone = ops.lowrank_grad(case.dy, x, u_in, B, None, 0.0, 1.5, F32)
+        for got, whole, wanted in zip(alone, (du, dA, dB), (B is not None, x is not None, u_in is not None)):
+            assert torch.equal(got, whole) if wanted else got.numel() == 0
+
+
+def test_launches(on_emulation):
+    """Of our own kernels: 2 forward (and a product of torch's), 4 backward (and a product), with or without dropout."""
+    for p in (0.0, 0.2):
+        case = make_case(40, 24, 36, 5, BF16, F32, p=p)
+        leaves = [t.requires_grad_() for t in (case.x, case.A, case.B)]
+        start = on_emulation.launches()
+        y = lora_linear(leaves[0], case.W, leaves[1], leaves[2], dropout_p=p)
+        assert on_emulation.launches() - start == 2
+        y.backward(case.dy)
+        assert on_emulation.launches() - start == 2 + 4
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+def hold_everything(module, monkeypatch, order=0):
+    """Enough of all kernels that a fault in one of them shows."""
+    put_on_emulation(module, monkeypatch)
+    hold(module, 65, 130, 70, BF16, F32, order=order, bias=True)
+    hold(module, 63, 136, 5, BF16, F32, order=order, p=0.3)
+    hold_layer(layer_case(70, 200, 140, 20, BF16, F32))
+    hold_layer(layer_case(150, 130, 70, 17, F32, F32, p=0.3))
+
+
+def sources():
+    return {path.name: path.read_text() for folder in ("cuda",) for path in sorted((ROOT / "csrc" / folder).glob("*.cu*"))}
+
+
+BARRIERS = [(name, i) for name, text in sources().items() for i in range(text.count("__syncthreads();"))] if (ROOT / "csrc").exists() else []
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("which", BARRIERS)
-def test_a_missing_barrier_is_caught(which):
-    """Each __syncthreads() left out in turn, in several orders of the warps."""
+@pytest.mark.parametrize("name, which", BARRIERS)
+def test_a_missing_barrier_is_caught(name, which, monkeypatch):
+    """Each __syncthreads() left out in turn: some order of the warps shows it."""
 
-    def without(text):
+    def without(file, text):
+        if file != name:
+            return text
         parts = text.split("__syncthreads();")
-        assert len(parts) == len(BARRIERS) + 1
-        barriers = ["" if i == which else "__syncthreads();" for i in BARRIERS]
-        return "".join(part + barrier for part, barrier in zip(parts, [*barriers, ""]))
+        return "__syncthreads();".join(parts[: which + 1]) + "__syncthreads();".join(parts[which + 1 :])
 
     broken = build(without)
-    for order in range(4):
-        with pytest.raises(AssertionError):
-            hold(broken, 65, 130, 70, BF16, F32, order=order)
+    with pytest.raises(AssertionError):
+        for order in range(4):
+            hold_everything(broken, monkeypatch, order)
+        for order in range(4):
+            broken.seed(order)
+            hold_many_rows()
+
+
+FAULTS = [
+    ("add_lowrank.cu", "r < ranks; ++r", "r < ranks - 1; ++r"),
+    ("add_lowrank.cu", "n0 + c < p.N", "n0 + c < p.N - 1"),
+    ("add_lowrank.cu", "if (m >= p.M || n >= p.N) continue;", "if (n >= p.N) continue;"),
+    ("add_lowrank.cu", "draw.lane(j) >= p.dropout.threshold", "draw.lane(j) > p.dropout.threshold + 40"),
+    ("add_lowrank.cu", "static_cast<uint32_t>(n >> 3)", "static_cast<uint32_t>(n0 >> 3)"),
+    ("add_lowrank.cu", "p.scaling * sum[i][j] + bias[j]", "sum[i][j] + bias[j]"),
+    ("add_lowrank.cu", "(r0 + r) * p.v.col_stride", "r * p.v.col_stride"),
+    ("thin.cuh", "m < rows && c + j < cols ?", "m < rows ?"),
+    ("thin.cuh", "m < rows && c + 8 <= cols)", "c + 8 <= cols)"),
+    ("thin.cuh", "draw.lane(j) < threshold", "draw.lane(j) <= threshold + 40"),
+    ("thin.cuh", "static_cast<uint64_t>(m0 + row)", "static_cast<uint64_t>(row)"),
+    ("thin.cuh", "(c0 + column) >> 3", "column >> 3"),
+    ("thin.cuh", "int w = 1; w < WARPS", "int w = 2; w < WARPS"),
+    ("thin.cuh", "row < rows && rank < ranks", "row < rows && rank < ranks - 1"),
+    ("lowrank_down.cu", "p.dropout.seed + part", "p.dropout.seed + 1 - 1 + (part > 0)"),
+    ("lowrank_down.cu", "column + r0;", "column;"),
+    ("lowrank_down.cu", "dropout ? p.dropout.scale : 1.0f", "1.0f"),
+    ("lowrank_grad.cu", "first ? columns[i][j] : *at + columns[i][j]", "columns[i][j]"),
+    ("lowrank_grad.cu", "p.R - r0, p.scaling);", "p.R - r0, 1.0f);"),
+    ("lowrank_grad.cu", "u + g * TILE_ROWS);", "u);"),
+    ("lowrank_grad.cu", "begin + slab_rows < p.M ? begin + slab_rows : p.M", "begin + slab_rows"),
+    ("lowrank_grad.cu", "p.dropout.threshold ? p.dropout.scale : 1.0f}", "1.0f}"),
+    ("lowrank_grad.cu", "part < s.count", "part < s.count - 1"),
+]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "good, bad",
-    [
-        ("r < ranks; ++r", "r < ranks - 1; ++r"),
-        ("n0 + c < p.N", "n0 + c < p.N - 1"),
-        ("if (m >= p.M || n >= p.N) continue;", "if (n >= p.N) continue;"),
-        ("draw.lane(j) >= p.dropout.threshold", "draw.lane(j) > p.dropout.threshold + 40"),
-        ("static_cast<uint32_t>(n >> 3)", "static_cast<uint32_t>(n0 >> 3)"),
-        ("p.scaling * sum[i][j] + bias[j]", "sum[i][j] + bias[j]"),
-        ("(r0 + r) * p.v.col_stride", "r * p.v.col_stride"),
-    ],
-)
-def test_planted_faults_are_caught(good, bad):
-    def plant(text):
-        assert good in text
-        return text.replace(good, bad)
+@pytest.mark.parametrize("name, good, bad", FAULTS)
+def test_planted_faults_are_caught(name, good, bad, monkeypatch):
+    def plant(file, text):
+        assert file != name or good in text
+        return text.replace(good, bad) if file == name else text
 
     broken = build(plant)
     with pytest.raises(AssertionError):
-        for M, N, R in ((65, 130, 70), (63, 136, 5)):
-            hold(broken, M, N, R, BF16, F32, bias=True)
-            hold(broken, M, N, R, BF16, F32, p=0.3)
+        hold_everything(broken, monkeypatch)
+        if "first ?" in good:  # shows where there are more groups of rows than programs
+            hold_many_rows()
+        oracle.hold_shared(torch.bfloat16, F32, 0.3)

@@ -12,7 +12,7 @@ from numerics import check
 from oracle import make_case
 
 import lorakernels as lk
-from lorakernels import backends, dropout
+from lorakernels import backends, dropout, ops
 from lorakernels.functional import lora_linear
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -70,6 +70,12 @@ def test_dropout_of_everything(backend, device):
     results = oracle.run(lora_linear, case)
     assert torch.equal(results["y"], torch.nn.functional.linear(case.x, case.W))
     assert not results["A"].any() and not results["B"].any()
+
+
+@mixes
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_adapters_that_share_x(backend, device, base, adapter, p):
+    oracle.hold_shared(base, adapter, p, device)
 
 
 @mixes
@@ -229,8 +235,12 @@ def test_native_kernels_bits_do_not_depend_on_threads_or_on_a_rows_place():
         torch.set_num_threads(count)
         results.append(y.clone())
         native_add(results[-1], u, v, 0.7, None, seed, 0.1)
+        with lk.use_backend("cpu"):
+            results.append(torch.cat([t.flatten() for t in (ops.lowrank_down(y, [v.t()], seed, 0.1), *ops.lowrank_grad(y, y, u, v, seed, 0.1, 0.7, F32))]))
     torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    whole = ops.lowrank_down(y, [v.t()], None, 0.0)
+    assert torch.equal(ops.lowrank_down(y[77:78], [v.t()], None, 0.0), whole[77:78])
     plain = y.clone()
     native_add(plain, u, v, 0.7, None, None, 0.0)
     for m in (0, 3, 127, 128, 299):
@@ -262,26 +272,33 @@ def test_in_place_add_stays_inside_its_matrix(base, N, R):
     window.copy_(start)
     u, v, bias = torch.randn(M, R), torch.randn(R, N).t(), torch.randn(N)
     native_add(window, u, v, 0.5, bias, None, 0.0)
-    exact = start.double() + 0.5 * (u.double() @ v.double().t()) + bias.double()
-    eager = (start.float() + 0.5 * (u @ v.t()) + bias).to(base)
+    exact = start.double() + 0.5 * (u.double() @ v.double().t() + bias.double())
+    eager = (start.float() + 0.5 * (u @ v.t() + bias)).to(base)
     check("window", window, exact, eager, base=base, K=R)
     around[2 : M + 2, 5 : N + 5] = window
     assert torch.equal(frame, around)
 
 
-def test_fresh_memory_is_never_read(backend, device, monkeypatch):
-    """Every new buffer starts as NaN; none may reach a result."""
-    real = torch.Tensor.new_empty
+@pytest.mark.parametrize("M, K, N, R", [(33, 40, 50, 8), (37, 65, 31, 17)])
+def test_fresh_memory_is_never_read_and_nothing_is_written_beside_it(backend, device, monkeypatch, M, K, N, R):
+    """Every new buffer starts as NaN between two bands of NaN: none may reach a result, and the bands stay."""
+    real, frames, band = torch.Tensor.new_empty, [], 64
 
     def poisoned(self, *size, **keywords):
         out = real(self, *size, **keywords)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        if not out.is_floating_point():
+            return out
+        frame = real(self, (out.numel() + 2 * band,), **keywords).fill_(float("nan"))
+        frames.append(frame)
+        return frame[band : band + out.numel()].view(out.shape)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    case = with_mask(make_case(33, 40, 50, 8, BF16, F32, device=device, bias=True, lora_bias=True, p=0.2))
+    case = with_mask(make_case(M, K, N, R, BF16, F32, device=device, bias=True, lora_bias=True, p=0.2))
     results = oracle.run(lora_linear, case)
     monkeypatch.undo()
     oracle.hold(results, case)
+    assert len(frames) >= 5
+    assert all(frame[:band].isnan().all() and frame[-band:].isnan().all() for frame in frames)
 
 
 def test_saved_bytes(device):
@@ -307,6 +324,40 @@ def test_saved_x_is_the_callers_even_when_rows_need_a_copy(device):
     A, B = torch.randn(2, 16, device=device, requires_grad=True), torch.randn(8, 2, device=device)
     y = lora_linear(x, torch.randn(8, 16, device=device), A, B)
     assert any(t is not None and t.data_ptr() == x.data_ptr() for t in y.grad_fn.saved_tensors)
+
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(backends.why_not("triton", TRITON_DEVICE, F32) is not None, reason=f"triton: {backends.why_not('triton', TRITON_DEVICE, F32)}")
+def test_launches_of_triton_kernels(monkeypatch):
+    """2 of ours forward and 4 backward, beside a product of torch's in each; one less in each with the fused product."""
+    from lorakernels.backends import triton as ours
+    from lorakernels.backends.triton import kernels, matmul
+
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.kernel.__name__)
+            return self.kernel[grid]
+
+    for module, names in ((kernels, ("lowrank_down", "add_lowrank", "lowrank_grad_up", "lowrank_grad_down", "sum_parts")), (matmul, ("linear_lowrank",))):
+        for name in names:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    for chosen, forward, backward in ((ours.linear_lowrank_composed, 2, 4), (ours.linear_lowrank_fused, 2, 4)):
+        monkeypatch.setattr(ours, "linear_lowrank", chosen)
+        case = make_case(20, 24, 36, 5, BF16, F32, device=TRITON_DEVICE)
+        leaves = [t.requires_grad_() for t in (case.x, case.A, case.B)]
+        with lk.use_backend("triton"):
+            y = lora_linear(leaves[0], case.W, leaves[1], leaves[2], dropout_p=0.2)
+            assert len(launched) == forward, launched
+            y.backward(case.dy)
+        assert len(launched) == forward + backward, launched
+        del launched[:]
 
 
 # -- more than 2**31 elements, without the memory for it -----------------------------------------------------------------
@@ -373,9 +424,8 @@ def test_only_what_is_needed_is_computed(backend, device, needs, monkeypatch):
     y = lora_linear(leaves["x"], leaves["W"], leaves["A"], leaves["B"], 1.5, leaves["bias"], lora_bias=leaves["lora_bias"])
     del ran[:]
     y.backward(case.dy)
-    assert ("lowrank_grad_down" in ran) == ("A" in wanted)
     assert ("linear_lowrank" in ran) == ("x" in wanted)
-    assert ("lowrank_grad_up" in ran) == bool({"x", "A", "B"} & set(wanted))
+    assert ("lowrank_grad" in ran) == bool({"x", "A", "B"} & set(wanted))
     exact, eager = oracle.in_float64(case), oracle.peft_eager(case)
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name in wanted), name

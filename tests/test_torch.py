@@ -96,23 +96,23 @@ def test_compile_under_autocast(where):
 def test_opcheck(backend, device, seeded, dtype):
     case = make_case(5, 16, 12, 3, dtype, F32, device=device, bias=True, lora_bias=True)
     seed, p = (torch.tensor([5], device=device), 0.25) if seeded else (None, 0.0)
-    u, du = torch.randn(5, 3, device=device), torch.randn(5, 3, device=device)
+    u = torch.randn(5, 3, device=device)
     calls = {
-        "lowrank_down": (case.x, case.A, seed, p),
+        "lowrank_down": (case.x, [case.A], seed, p),
         "linear_lowrank": (case.x, case.W, u, case.B, 0.5, case.bias, case.lora_bias, seed, p),
-        "lowrank_grad_up": (case.dy, u, case.B, 0.5),
-        "lowrank_grad_down": (case.x, du, seed, p),
+        "lowrank_grad": (case.dy, case.x, u, case.B, seed, p, 0.5, F32),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.lorakernels, name).default, arguments)
-    torch.library.opcheck(ops.lowrank_grad_up, (case.dy, None, case.B, 0.5))
-    torch.library.opcheck(ops.lowrank_grad_up, (case.dy, u, None, 0.5))
+    for some in ((None, None, case.B), (None, u, None), (case.x, None, case.B), (None, u, case.B)):
+        torch.library.opcheck(torch.ops.lorakernels.lowrank_grad.default, (case.dy, *some, seed, p, 0.5, dtype))
 
 
-def test_primitive_called_by_hand_on_what_needs_gradients_raises():
-    case = make_case(5, 16, 12, 3, F32, F32)
-    with pytest.raises(RuntimeError, match="out=... arguments don't support automatic differentiation"):
-        ops.lowrank_down(case.x.requires_grad_(), case.A, None, 0.0)
+@pytest.mark.parametrize("call", [ops.lowrank_down, torch.ops.lorakernels.lowrank_down])
+def test_primitive_called_by_hand_on_what_needs_gradients_raises(backend, device, call):
+    case = make_case(5, 16, 12, 3, F32, F32, device=device)
+    with pytest.raises(RuntimeError, match="lowrank_down does not support automatic differentiation"):
+        call(case.x.requires_grad_(), [case.A], None, 0.0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -1,6 +1,10 @@
 // What Python passes for a params struct, in one order for every backend: addresses as integers, strides in elements.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
 
 #include "../params.h"
 
@@ -10,19 +14,37 @@ using Address = uintptr_t;  // a tensor's data_ptr(); 0 for "none"
 
 inline void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-inline AddLowrank add_lowrank_params(int64_t M, int64_t N, int64_t R, Address y, int y_dtype, int64_t y_row,
-                                     Address u, int64_t u_row, Address v, int v_dtype, int64_t v_row, int64_t v_col,
-                                     Address bias, int bias_dtype, int64_t bias_stride, float scaling, Address seed,
-                                     uint32_t threshold, float dropout_scale) {
-  return {M,
-          N,
-          R,
-          {pointer(y), y_row, 1, static_cast<DType>(y_dtype)},
-          {pointer(u), u_row, 1, DType::f32},
-          {pointer(v), v_row, v_col, static_cast<DType>(v_dtype)},
-          {pointer(bias), 0, bias_stride, static_cast<DType>(bias_dtype)},
-          scaling,
-          {static_cast<const int64_t*>(pointer(seed)), threshold, dropout_scale}};
+// A tensor: address (0 for none), dtype, two strides.
+using Tensor = std::tuple<Address, int, int64_t, int64_t>;
+
+inline Matrix matrix(const Tensor& t) {
+  return {pointer(std::get<0>(t)), std::get<2>(t), std::get<3>(t), static_cast<DType>(std::get<1>(t))};
+}
+
+// The seed's address, the threshold and the scale.
+using Drop = std::tuple<Address, uint32_t, float>;
+
+inline Dropout dropout(const Drop& d) {
+  return {static_cast<const int64_t*>(pointer(std::get<0>(d))), std::get<1>(d), std::get<2>(d)};
+}
+
+inline AddLowrank add_lowrank_params(int64_t M, int64_t N, int64_t R, Tensor y, Tensor u, Tensor v, Tensor bias,
+                                     float scaling, Drop drop) {
+  return {M, N, R, matrix(y), matrix(u), matrix(v), matrix(bias), scaling, dropout(drop)};
+}
+
+inline LowrankDown lowrank_down_params(int64_t M, int64_t K, Tensor x, Tensor u,
+                                       const std::vector<std::tuple<Tensor, int64_t>>& parts, Drop drop) {
+  LowrankDown p = {M, K, matrix(x), matrix(u), static_cast<int32_t>(parts.size()), {}, dropout(drop)};
+  if (parts.size() > MAX_PARTS) throw std::invalid_argument("lowrank_down: too many A's in one call");
+  for (size_t i = 0; i < parts.size(); ++i) p.part[i] = {matrix(std::get<0>(parts[i])), std::get<1>(parts[i])};
+  return p;
+}
+
+inline LowrankGrad lowrank_grad_params(int64_t M, int64_t N, int64_t K, int64_t R, Tensor dy, Tensor x, Tensor u, Tensor B,
+                                       Tensor du, Tensor dA, Tensor dB, float scaling, Drop drop, Address workspace) {
+  return {M, N, K, R, matrix(dy), matrix(x), matrix(u), matrix(B), matrix(du), matrix(dA), matrix(dB),
+          scaling, dropout(drop), static_cast<float*>(pointer(workspace))};
 }
 
 // A Python function that fills the struct from its arguments and runs the kernel without the interpreter lock.

@@ -12,8 +12,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return cpu::kernels().isa; });
   m.def("isas", [] {
     py::dict found;
-    for (const char* const* name = cpu::compiled_isas(); *name; ++name) found[*name] = cpu::usable(*name);
+    int count;
+    const cpu::Kernels* kernels = cpu::compiled(&count);
+    for (int i = 0; i < count; ++i) found[kernels[i].isa] = cpu::processor_has(kernels[i].isa);
     return found;
   });
   m.def("add_lowrank", launcher(add_lowrank_params, [](const AddLowrank& p) { cpu::kernels().add_lowrank(p); }));
+  m.def("lowrank_down", launcher(lowrank_down_params, [](const LowrankDown& p) { cpu::kernels().lowrank_down(p); }));
+  m.def("lowrank_grad", launcher(lowrank_grad_params, [](const LowrankGrad& p) { cpu::kernels().lowrank_grad(p); }));
 }

@@ -41,4 +41,7 @@ PYBIND11_MODULE(_cuda, m) {
     return py::make_tuple(runtime, driver);
   });
   m.def("add_lowrank", stream_launcher(add_lowrank_params, cuda::add_lowrank));
+  m.def("lowrank_down", stream_launcher(lowrank_down_params, cuda::lowrank_down));
+  m.def("lowrank_grad", stream_launcher(lowrank_grad_params, cuda::lowrank_grad));
+  m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

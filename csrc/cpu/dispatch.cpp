@@ -8,51 +8,44 @@
 namespace lk::cpu {
 namespace {
 
-bool processor_has(const Kernels& k) {
+#define LK_KERNELS(isa) {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad}
 #ifdef LK_X86
-  if (&k == &avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&k == &avx2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-  return &k == &portable;
-}
-
-#ifdef LK_X86
-const Kernels* const compiled[] = {&portable, &avx2, &avx512};
-const char* const names[] = {"portable", "avx2", "avx512", nullptr};
+const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512)};
 #else
-const Kernels* const compiled[] = {&portable};
-const char* const names[] = {"portable", nullptr};
+const Kernels every[] = {LK_KERNELS(portable)};
 #endif
-
-const Kernels& choose() {
-  const Kernels* best = &portable;
-  const char* wanted = std::getenv("LORAKERNELS_CPU_ISA");
-  if (wanted && *wanted) {
-    if (!usable(wanted)) {
-      std::string message = std::string("LORAKERNELS_CPU_ISA=") + wanted + ": expected one of";
-      for (const Kernels* k : compiled)
-        if (processor_has(*k)) message += std::string(" ") + k->isa;
-      throw std::runtime_error(message + " (what was compiled and this processor has)");
-    }
-    for (const Kernels* k : compiled)
-      if (!std::strcmp(wanted, k->isa)) return *k;
-  }
-  for (const Kernels* k : compiled)
-    if (processor_has(*k)) best = k;
-  return *best;
-}
 
 }  // namespace
 
-const char* const* compiled_isas() { return names; }
+const Kernels* compiled(int* count) {
+  *count = sizeof every / sizeof *every;
+  return every;
+}
 
-bool usable(const char* isa) {
-  for (const Kernels* k : compiled)
-    if (!std::strcmp(isa, k->isa)) return processor_has(*k);
-  return false;
+bool processor_has(const char* isa) {
+#ifdef LK_X86
+  if (!std::strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!std::strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return !std::strcmp(isa, "portable");
+}
+
+static const Kernels& choose() {
+  const Kernels* best = nullptr;
+  std::string usable;
+  const char* wanted = std::getenv("LORAKERNELS_CPU_ISA");
+  for (const Kernels& k : every) {
+    if (!processor_has(k.isa)) continue;
+    usable += std::string(" ") + k.isa;
+    if (!wanted || !*wanted || !std::strcmp(wanted, k.isa)) best = &k;
+  }
+  if (!best)
+    throw std::runtime_error(std::string("LORAKERNELS_CPU_ISA=") + wanted + ": expected one of" + usable +
+                             " (what was compiled and this processor has)");
+  return *best;
 }
 
 const Kernels& kernels() {

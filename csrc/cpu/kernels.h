@@ -7,17 +7,25 @@ namespace lk::cpu {
 struct Kernels {
   const char* isa;
   void (*add_lowrank)(const AddLowrank&);
+  void (*lowrank_down)(const LowrankDown&);
+  void (*lowrank_grad)(const LowrankGrad&);
 };
 
-extern const Kernels portable;
+#define LK_DECLARE_KERNELS(isa)           \
+  namespace isa {                         \
+  void add_lowrank(const AddLowrank&);    \
+  void lowrank_down(const LowrankDown&);  \
+  void lowrank_grad(const LowrankGrad&);  \
+  }
+LK_DECLARE_KERNELS(portable)
 #ifdef LK_X86
-extern const Kernels avx2;
-extern const Kernels avx512;
+LK_DECLARE_KERNELS(avx2)
+LK_DECLARE_KERNELS(avx512)
 #endif
 
 // The set in use: the widest that the processor has, or the one that LORAKERNELS_CPU_ISA names.
 const Kernels& kernels();
-const char* const* compiled_isas();  // null-terminated, narrowest first
-bool usable(const char* isa);        // compiled, and the processor has it
+const Kernels* compiled(int* count);    // narrowest first
+bool processor_has(const char* isa);
 
 }  // namespace lk::cpu

@@ -7,8 +7,10 @@ static ParallelFor torch_pool = nullptr;
 void use_pool(ParallelFor pool) { torch_pool = pool; }
 bool has_pool() { return torch_pool != nullptr; }
 
-void parallel_for(int64_t count, Body body, void* context) {
-  if (torch_pool && count > 1)
+constexpr int64_t WORTH_SHARING = 200000;  // some 10 us of one thread; waking the pool took 5 to 10 where it was measured
+
+void parallel_for(int64_t count, int64_t operations, Body body, void* context) {
+  if (torch_pool && count > 1 && operations > WORTH_SHARING)
     torch_pool(0, count, 1, body, context);
   else if (count > 0)
     body(0, count, context);

@@ -10,6 +10,9 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body,
 
 void use_pool(ParallelFor pool);
 bool has_pool();
-void parallel_for(int64_t count, Body body, void* context);
+
+// body over [0, count). operations: about how many multiply-adds in all; what takes less time than waking the pool stays
+// on the calling thread. How the work is cut into `count` must not depend on the threads, so bits don't either.
+void parallel_for(int64_t count, int64_t operations, Body body, void* context);
 
 }  // namespace lk::cpu

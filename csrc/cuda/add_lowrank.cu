@@ -1,4 +1,4 @@
-// y += scaling * drop'(u v^T) + bias, in place: memory-bound, so y moves once, sixteen bytes at a time.
+// y += scaling * (drop'(u v^T) + bias), in place: memory-bound, so y moves once, sixteen bytes at a time.
 //
 // A block owns BLOCK_M rows by BLOCK_N columns; a thread owns eight consecutive columns of ROWS rows. v and u pass
 // through shared memory in chunks of BLOCK_R ranks; a sum runs over r = 0..R-1 in that order, so the bits depend on
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS) add_lowrank_kernel(const AddLowrank p
     if (p.bias.data) {
 #pragma unroll
       for (int j = 0; j < COLS; ++j)
-        if (n + j < p.N) bias[j] = load_scalar(p.bias.data, p.bias.dtype, (n + j) * p.bias.col_stride);
+        if (n + j < p.N) bias[j] = p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n + j) * p.bias.col_stride);
     }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {

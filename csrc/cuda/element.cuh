@@ -26,6 +26,7 @@ template <> struct Element<DType::f16> {
 
 // Eight elements that are loaded and stored as 16-byte accesses (one for half precision, two for float32).
 template <class T> struct alignas(16) Pack8 { T at[8]; };
+template <class T> struct alignas(2 * sizeof(T)) Pack2 { T at[2]; };
 
 __device__ __forceinline__ float load_scalar(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[index];

@@ -5,5 +5,10 @@
 namespace lk::cuda {
 
 int add_lowrank(const AddLowrank& p, void* stream);
+int lowrank_down(const LowrankDown& p, void* stream);
+int lowrank_grad(const LowrankGrad& p, void* stream);
+
+// How many floats LowrankGrad::workspace must have room for.
+int64_t lowrank_grad_workspace(int64_t M, int64_t N, int64_t K, int64_t R, bool need_dA, bool need_dB);
 
 }  // namespace lk::cuda

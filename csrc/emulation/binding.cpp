@@ -5,10 +5,21 @@
 
 namespace lk::emulation {
 void reseed(unsigned seed);
+long launches();  // so far
+}
+
+// As in bindings/cuda.cpp, the stream comes first; here there is none.
+template <class Params, class... Arguments>
+static auto emulated(Params (*fill)(Arguments...), int (*run)(const Params&, void*)) {
+  return [fill, run](lk::Address, Arguments... arguments) { run(fill(arguments...), nullptr); };
 }
 
 PYBIND11_MODULE(_cuda_emulated, m) {
   using namespace lk;
   m.def("seed", &emulation::reseed);
-  m.def("add_lowrank", launcher(add_lowrank_params, [](const AddLowrank& p) { cuda::add_lowrank(p, nullptr); }));
+  m.def("launches", &emulation::launches);
+  m.def("add_lowrank", emulated(add_lowrank_params, cuda::add_lowrank));
+  m.def("lowrank_down", emulated(lowrank_down_params, cuda::lowrank_down));
+  m.def("lowrank_grad", emulated(lowrank_grad_params, cuda::lowrank_grad));
+  m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

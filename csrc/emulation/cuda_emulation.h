@@ -42,6 +42,7 @@ struct State {
   ucontext_t* running = nullptr;
   bool at_barrier = false;
   const std::function<void()>* body = nullptr;
+  long launches = 0;
 };
 
 inline State& state() {
@@ -50,6 +51,7 @@ inline State& state() {
 }
 
 __attribute__((weak)) void reseed(unsigned seed) { state().order.seed(seed); }
+__attribute__((weak)) long launches() { return state().launches; }
 
 inline void barrier() {
   State& s = state();
@@ -102,6 +104,7 @@ inline void run_block(std::vector<Fiber>& fibers) {
 
 inline int launch(dim3 grid, unsigned threads, std::function<void()> body) {
   State& s = state();
+  ++s.launches;
   std::vector<Fiber> fibers(threads);
   s.grid = grid;
   s.body = &body;

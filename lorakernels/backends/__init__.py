@@ -12,7 +12,7 @@ import os
 import warnings
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad_up", "lowrank_grad_down")
+PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad")
 
 # No kernel of this library has been timed on a GPU yet: there the composition of torch's own products is the default,
 # and "triton" and "cuda" are opt-in.
@@ -46,6 +46,7 @@ def available():
 
 @functools.lru_cache(maxsize=None)
 def _choose(forced, device_type, dtype):
+    """The backend's module; looked up once for each kind of call, since every call comes through here."""
     order = (forced,) if forced else ORDER.get(device_type, ("reference",))
     reasons = {}
     for name in order:
@@ -57,12 +58,12 @@ def _choose(forced, device_type, dtype):
     skipped = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
     if skipped:
         warnings.warn(f"lorakernels runs {dtype} on {device_type} through {name!r} ({'; '.join(skipped)})", stacklevel=2)
-    return name
+    return load(name)
 
 
 def select(primitive, device_type, dtype):
     """The function that runs `primitive` for a base of `dtype` on `device_type`."""
-    return getattr(load(_choose(_forced, device_type, dtype)), primitive)
+    return getattr(_choose(_forced, device_type, dtype), primitive)
 
 
 def forced():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import native
-from .reference import base_product, lowrank_down, lowrank_grad_down, lowrank_grad_up  # noqa: F401  torch's products until native ones win
+from .reference import base_product
 
 
 @functools.lru_cache(maxsize=None)
@@ -32,9 +32,23 @@ def why_not(device_type, dtype):
     return native.unsupported(dtype)
 
 
+def lowrank_down(x, A, seed, dropout_p):
+    """u (M,R) = drop(x) A^T, float32, in one pass over x, in C++."""
+    u = x.new_empty(x.shape[0], sum(a.shape[0] for a in A), dtype=torch.float32)
+    for parts, columns, seeds in native.lowrank_down_groups(A, u, seed):
+        module().lowrank_down(*native.lowrank_down_arguments(x, parts, columns, seeds, dropout_p))
+    return u
+
+
 def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
-    """y = x w^T + bias through torch (oneDNN), then y += scaling * drop(u v^T) + scaling * lowrank_bias in place, in C++."""
+    """y = x w^T + bias through torch (oneDNN), then y += scaling * (drop(u v^T) + lowrank_bias) in place, in C++."""
     y = base_product(x, w, bias)
-    add = None if lowrank_bias is None else lowrank_bias.float() * scaling
-    module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, add, seed, dropout_p))
+    module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
     return y
+
+
+def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
+    """du and dB in one pass over dy, then dA in one pass over x, in C++."""
+    du, dA, dB = native.lowrank_grad_results(dy, x, u, B, dtype)
+    module().lowrank_grad(*native.lowrank_grad_arguments(dy, x, u, B, du, dA, dB, scaling, seed, dropout_p))
+    return du, dA, dB

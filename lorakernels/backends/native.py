@@ -38,16 +38,59 @@ def unsupported(dtype):
     return f"has float32, bfloat16 and float16 kernels, not {str(dtype).removeprefix('torch.')}"
 
 
-def _vector(tensor):
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(0))
+def matrix(tensor):
+    """Tensor in csrc/bindings/arguments.h."""
+    return (0, 0, 0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride())
+
+
+def vector(tensor):
+    return (0, 0, 0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], 0, tensor.stride(0))
+
+
+def drop(seed, dropout_p):
+    return (0, 0, 1.0) if seed is None else (seed.data_ptr(), dropout.threshold(dropout_p), dropout.scale(dropout_p))
 
 
 def add_lowrank_arguments(y, u, v, scaling, bias, seed, dropout_p):
-    dropped = (0, 0, 1.0) if seed is None else (seed.data_ptr(), dropout.threshold(dropout_p), dropout.scale(dropout_p))
+    return (*y.shape, u.shape[1], matrix(y), matrix(u), matrix(v), vector(bias), scaling, drop(seed, dropout_p))
+
+
+def lowrank_down_arguments(x, A, u, seed, dropout_p):
+    return (*x.shape, matrix(x), matrix(u), [(matrix(a), a.shape[0]) for a in A], drop(seed, dropout_p))
+
+
+def lowrank_grad_arguments(dy, x, u, B, du, dA, dB, scaling, seed, dropout_p, workspace=None):
+    M, N = dy.shape
+    R = u.shape[1] if B is None else B.shape[1]
     return (
-        y.shape[0], y.shape[1], u.shape[1],
-        y.data_ptr(), DTYPES[y.dtype], y.stride(0),
-        u.data_ptr(), u.stride(0),
-        v.data_ptr(), DTYPES[v.dtype], v.stride(0), v.stride(1),
-        *_vector(bias), scaling, *dropped,
+        M, N, 0 if x is None else x.shape[1], R,
+        matrix(dy), matrix(x), matrix(u), matrix(B), matrix(None if B is None else du), matrix(None if x is None else dA),
+        matrix(None if u is None else dB), scaling, drop(seed, dropout_p), 0 if workspace is None else workspace.data_ptr(),
     )  # fmt: skip
+
+
+def lowrank_grad_results(dy, x, u, B, dtype):
+    """Fresh du, dA, dB for lowrank_grad; what is not asked for is empty."""
+    M, N = dy.shape
+    R = u.shape[1] if B is None else B.shape[1]
+    new = dy.new_empty if M else dy.new_zeros  # no kernel runs over no rows
+    du = new((0,) if B is None else (M, R), dtype=torch.float32)
+    dA = new((0,) if x is None else (R, x.shape[1]), dtype=dtype)
+    dB = new((0,) if u is None else (N, R), dtype=dtype)
+    return du, dA, dB
+
+
+MAX_PARTS = 8  # csrc/params.h: A's that one launch of lowrank_down takes
+
+
+def lowrank_down_groups(A, u, seed):
+    """lowrank_down's A's in groups that one launch takes: (A's, their columns of u, their seeds)."""
+    if len(A) <= MAX_PARTS:
+        yield A, u, seed
+        return
+    column = 0
+    for i in range(0, len(A), MAX_PARTS):
+        some = A[i : i + MAX_PARTS]
+        ranks = sum(a.shape[0] for a in some)
+        yield some, u[:, column : column + ranks], None if seed is None else seed[i : i + MAX_PARTS]
+        column += ranks

@@ -41,8 +41,15 @@ def drop(x, seed, dropout_p):
 
 
 def lowrank_down(x, A, seed, dropout_p):
-    """u (M,R) = drop(x) A^T, float32: torch product of float32 copies."""
-    return product(drop(x, seed, dropout_p), A.t(), accumulator(x.dtype))
+    """u (M,R) = drop(x) A^T, float32: torch product of float32 copies. Several A's: side by side, each with its own mask."""
+    dtype = accumulator(x.dtype)
+    if len(A) == 1:
+        return product(drop(x, seed, dropout_p), A[0].t(), dtype)
+    seeds = [None] * len(A) if seed is None else seed.split(1)
+    u = x.new_empty(x.shape[0], sum(a.shape[0] for a in A), dtype=dtype)
+    for a, seed, columns in zip(A, seeds, u.split([a.shape[0] for a in A], dim=1)):
+        columns.copy_(product(drop(x, seed, dropout_p), a.t(), dtype))
+    return u
 
 
 def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
@@ -54,18 +61,19 @@ def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     return y.copy_(y.to(u.dtype) + delta)
 
 
-def lowrank_grad_up(dy, u, B, scaling):
-    """du (M,R) = scaling * dy B and dB (N,R) = scaling * dy^T u, float32: torch products of a float32 copy.
+def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
+    """du = scaling * dy B, dA = du^T drop(x), dB = scaling * dy^T u: torch products of float32 copies.
 
-    Without B (or without u) that result is not computed, and an empty tensor stands in its place.
+    du (M,R) is float32, dA (R,K) and dB (N,R) are rounded once to dtype. Without B no du, without x no dA, without u no dB:
+    an empty tensor stands in the place of what is not computed.
     """
-    dtype = accumulator(dy.dtype)
-    dy = dy.to(dtype)
-    du = dy.new_empty(0) if B is None else product(dy, B, dtype).mul_(scaling)
-    dB = dy.new_empty(0) if u is None else product(dy.t(), u, dtype).mul_(scaling)
-    return du, dB
-
-
-def lowrank_grad_down(x, du, seed, dropout_p):
-    """dA (R,K) = du^T drop(x), float32: torch product of float32 copies."""
-    return product(du.t(), drop(x, seed, dropout_p), du.dtype)
+    wide = accumulator(dy.dtype)
+    dy = dy.to(wide)
+    du, dA, dB = dy.new_empty(0), dy.new_empty(0, dtype=dtype), dy.new_empty(0, dtype=dtype)
+    if B is not None:
+        du = product(dy, B, wide).mul_(scaling)
+    if x is not None:
+        dA = product(du.t(), drop(x, seed, dropout_p), wide).to(dtype)
+    if u is not None:
+        dB = product(dy.t(), u, wide).mul_(scaling).to(dtype)
+    return du, dA, dB

@@ -10,8 +10,8 @@ import os
 import torch
 
 from ... import dropout
-from ..native import unsupported
-from ..reference import base_product, lowrank_down, lowrank_grad_down, lowrank_grad_up  # noqa: F401  torch's products until Triton's win
+from ..native import lowrank_grad_results, unsupported
+from ..reference import base_product
 
 
 def why_not(device_type, dtype):
@@ -32,15 +32,75 @@ def on_device(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def terms(y_dtype, v_dtype):
-    """How operands enter a product: see language.dot_terms."""
-    if y_dtype == torch.float32:
-        return 3
-    return 2 if v_dtype == torch.float32 else 1
+def mode(x_dtype, adapter_dtype):
+    """How operands enter an adapter's product: FLOAT32, ROUNDED or TERMS of language.py."""
+    if x_dtype == torch.float32:
+        return 0
+    return 2 if adapter_dtype == torch.float32 else 1
+
+
+def terms(dtype):
+    """How many bfloat16 terms a value of this dtype is."""
+    return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+
+
+def element(dtype):
+    """Triton's name of a dtype."""
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def drop_arguments(seed, dropout_p):
+    return (0, 1.0) if seed is None else (dropout.threshold(dropout_p), dropout.scale(dropout_p))
+
+
+def lowrank_down(x, A, seed, dropout_p):
+    """u (M,R) = drop(x) A^T, float32, in one launch for the A's that share x, in Triton."""
+    u = x.new_empty(x.shape[0], sum(a.shape[0] for a in A), dtype=torch.float32)
+    if x.shape[0] == 0:
+        return u
+    if len(A) > 1 and (seed is None or len({a.shape[0] for a in A}) == 1):
+        parts = 1 if seed is None else len(A)  # one mask, or none: one A of all ranks
+        _launch_down(x, torch.cat(A).view(parts, -1, x.shape[1]), seed, dropout_p, u)
+        return u
+    column = 0
+    for i, a in enumerate(A):  # masks of their own and ranks of different sizes: a launch each
+        _launch_down(x, a[None], None if seed is None else seed[i : i + 1], dropout_p, u[:, column : column + a.shape[0]])
+        column += a.shape[0]
+    return u
+
+
+def _launch_down(x, A, seed, dropout_p, u):
+    """A (parts, R, K), seed (parts,): part i of u's columns."""
+    from . import kernels, tiles
+
+    (M, K), (parts, R, _) = x.shape, A.shape
+    tile = tiles.lowrank_down(M, K, R, x.dtype != torch.float32)
+    with on_device(x):
+        kernels.lowrank_down[(-(-M // tile.BLOCK_M), -(-R // tile.BLOCK_R), parts)](
+            x, A, seed if seed is not None else u, u,
+            M, K, R,
+            *drop_arguments(seed, dropout_p),
+            *x.stride(), *A.stride(), u.stride(0),
+            seed is not None, mode(x.dtype, A.dtype), terms(x.dtype),
+            **tile._asdict(),
+        )  # fmt: skip
 
 
 def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
-    """y = x w^T + bias through torch, then y += scaling * (drop(u v^T) + lowrank_bias) in place, in Triton."""
+    """y = x w^T + bias + scaling * (drop(u v^T) + lowrank_bias): torch's product and an in-place pass in Triton, or one
+    fused product where tiles.FUSED has it measured faster."""
+    from . import tiles
+
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    if tiles.fuses(x.shape[0], w.shape[0], x.shape[1], u.shape[1], x.dtype, capability):
+        return linear_lowrank_fused(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+    return linear_lowrank_composed(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+
+
+def linear_lowrank_composed(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
+    """torch's product, then the low-rank term in place."""
     from . import kernels, tiles
 
     y = base_product(x, w, bias)
@@ -53,9 +113,108 @@ def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
         kernels.add_lowrank[grid](
             y, u, v, lowrank_bias if lowrank_bias is not None else u, seed if seed is not None else u,
             M, N, R,
-            scaling, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+            scaling, *drop_arguments(seed, dropout_p),
             y.stride(0), u.stride(0), v.stride(0), v.stride(1), 0 if lowrank_bias is None else lowrank_bias.stride(0),
-            lowrank_bias is not None, seed is not None, terms(y.dtype, v.dtype),
+            lowrank_bias is not None, seed is not None, mode(y.dtype, v.dtype),
             **tile._asdict(),
         )  # fmt: skip
     return y
+
+
+def descriptors(x, w, tile):
+    """(x, w, whether w's matrix is (K, N)) as tensor descriptors, or None where strides or addresses do not allow them."""
+
+    def describable(matrix):
+        size = matrix.element_size()
+        return matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0 and min(matrix.shape) > 0
+
+    turned = w.stride(1) != 1
+    matrix = w.t() if turned else w
+    if not (describable(x) and describable(matrix)):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    w_block = [tile.BLOCK_K, tile.BLOCK_N] if turned else [tile.BLOCK_N, tile.BLOCK_K]
+    return TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]), TensorDescriptor.from_tensor(matrix, w_block), turned
+
+
+def linear_lowrank_fused(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p, use_descriptors=None):
+    """One product with base and low-rank term in one accumulator, rounded once. use_descriptors None: on sm_90 and later."""
+    from . import matmul, tiles
+
+    (M, K), N, R = x.shape, w.shape[0], u.shape[1]
+    y = x.new_empty(M, N)
+    if M == 0:
+        return y
+    hopper = (x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)) if use_descriptors is None else use_descriptors
+    plain = seed is None and bias is None and lowrank_bias is None
+    tile = tiles.linear_lowrank(M, N, K, R, x.dtype != torch.float32, hopper, plain)
+    described = descriptors(x, w, tile) if hopper else None
+    x_in, w_in, turned = described or (x, w, False)
+    total = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else total
+    programs = min(total, processors) if described else total  # persistent where descriptors feed it
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    with on_device(x):
+        matmul.linear_lowrank[(programs,)](
+            x_in, w_in, u, v, bias if bias is not None else u, lowrank_bias if lowrank_bias is not None else u, seed if seed is not None else u, y,
+            M, N, K, R,
+            scaling, *drop_arguments(seed, dropout_p),
+            *x.stride(), *w.stride(), u.stride(0), *v.stride(),
+            0 if bias is None else bias.stride(0), 0 if lowrank_bias is None else lowrank_bias.stride(0), y.stride(0),
+            bias is not None, lowrank_bias is not None, seed is not None, mode(x.dtype, v.dtype),
+            precision, described is not None, turned,
+            **tile._asdict(),
+        )  # fmt: skip
+    return y
+
+
+def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
+    """du and the parts of dB in one pass over dy, the parts of dA in one over x, then both sums in one launch, in Triton."""
+    from . import kernels, tiles
+
+    du, dA, dB = lowrank_grad_results(dy, x, u, B, dtype)
+    M, N = dy.shape
+    R, half = (u if B is None else B).shape[1], dy.dtype != torch.float32
+    if M == 0:
+        return du, dA, dB
+    up = tiles.lowrank_grad_up(M, N, R, half)
+    programs = min(-(-M // up.BLOCK_M), tiles.PROGRAMS)
+    K, slabs, down = 0, 0, None
+    if x is not None:
+        K, down = x.shape[1], tiles.lowrank_grad_down(M, x.shape[1], R, half)
+        slabs = tiles.grad_down_slabs(M, K, down)
+    dB_size, dA_size = (N * R, programs * N * R) if u is not None else (0, 0), (R * K, slabs * R * K)
+    workspace = dy.new_empty(dB_size[1] + dA_size[1], dtype=torch.float32)
+    dB_parts, dA_parts = workspace.split([dB_size[1], dA_size[1]])
+    # the adapter's dtype decides how operands enter: B's where it is here; else dB alone is asked for, in its own dtype
+    how, named = mode(dy.dtype, dtype if B is None else B.dtype), element(dtype if B is None else B.dtype)
+    with on_device(dy):
+        kernels.lowrank_grad_up[(programs, -(-R // up.BLOCK_R))](
+            dy, u if u is not None else workspace, B if B is not None else workspace, du, dB_parts,
+            M, N, R,
+            scaling,
+            *dy.stride(), 0 if u is None else u.stride(0), *((0, 0) if B is None else B.stride()),
+            B is not None, u is not None, how, named, terms(dy.dtype),
+            **up._asdict(),
+        )  # fmt: skip
+        if x is not None:
+            rows = -(-M // slabs)
+            kernels.lowrank_grad_down[(-(-K // down.BLOCK_K), slabs, -(-R // down.BLOCK_R))](
+                x, du, seed if seed is not None else du, dA_parts,
+                M, K, R, rows,
+                drop_arguments(seed, dropout_p)[0],
+                *x.stride(),
+                seed is not None, how, named, terms(x.dtype),
+                **down._asdict(),
+            )  # fmt: skip
+        total = tiles.sum_parts()
+        blocks = -(-dA_size[0] // total.BLOCK) + -(-dB_size[0] // total.BLOCK)
+        if blocks:
+            kernels.sum_parts[(blocks,)](
+                dA_parts, dB_parts, dA, dB,
+                slabs, programs, dA_size[0], dB_size[0],
+                drop_arguments(seed, dropout_p)[1], scaling,
+                **total._asdict(),
+            )  # fmt: skip
+    return du, dA, dB

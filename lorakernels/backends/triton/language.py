@@ -4,26 +4,41 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def dot_terms(a, b, acc, TERMS: tl.constexpr, DTYPE: tl.constexpr):
-    """acc + a b for float32 tiles a (M,R) and b (R,N).
+FLOAT32 = tl.constexpr(0)  # float32 operands: a float32 base
+ROUNDED = tl.constexpr(1)  # operands rounded to the adapter's half-precision dtype, one product
+TERMS = tl.constexpr(2)  # operands as sums of bfloat16 terms: float32 adapters on a half-precision base
 
-    TERMS 1: operands rounded to DTYPE, one product: half-precision adapters.
-    TERMS 2: each operand as two bfloat16 terms (16 significant bits), three products: float32 adapters on a half base.
-    TERMS 3: float32 operands, for a float32 base.
+
+@triton.jit
+def dot_terms(a, b, acc, MODE: tl.constexpr, DTYPE: tl.constexpr, A_TERMS: tl.constexpr, B_TERMS: tl.constexpr):
+    """acc + a b in one of the modes above.
+
+    A bfloat16 value is one term, a float16 value two, a float32 value three (all of its 24 bits) or two (16 of them).
+    Products of terms that lie below the last one kept are left out.
     """
-    if TERMS == 1:
+    if MODE == FLOAT32:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif MODE == ROUNDED:
         acc = tl.dot(a.to(DTYPE), b.to(DTYPE), acc)
-    elif TERMS == 2:
-        a_high = a.to(tl.bfloat16)
-        b_high = b.to(tl.bfloat16)
-        a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
-        b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(a_low, b_high, acc)
-        acc = tl.dot(a_high, b_low, acc)
-        acc = tl.dot(a_high, b_high, acc)
     else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a0, b0 = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if A_TERMS > 1:
+            a_rest = a.to(tl.float32) - a0.to(tl.float32)
+            a1 = a_rest.to(tl.bfloat16)
+        if B_TERMS > 1:
+            b_rest = b.to(tl.float32) - b0.to(tl.float32)
+            b1 = b_rest.to(tl.bfloat16)
+        if A_TERMS > 2:
+            acc = tl.dot((a_rest - a1.to(tl.float32)).to(tl.bfloat16), b0, acc)
+        if B_TERMS > 2:
+            acc = tl.dot(a0, (b_rest - b1.to(tl.float32)).to(tl.bfloat16), acc)
+        if A_TERMS + B_TERMS > 4:
+            acc = tl.dot(a1, b1, acc)
+        if A_TERMS > 1:
+            acc = tl.dot(a1, b0, acc)
+        if B_TERMS > 1:
+            acc = tl.dot(a0, b1, acc)
+        acc = tl.dot(a0, b0, acc)
     return acc
 
 
@@ -38,3 +53,20 @@ def dropout_lanes(seed, row, column8, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     return tl.reshape(tl.join(low, high), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def dropped(x, seed, threshold, row, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile x (BLOCK_M, BLOCK_N) that starts at column0 (a multiple of 8), zero where it is dropped; not scaled."""
+    lanes = dropout_lanes(seed, row, column0 // 8 + tl.arange(0, BLOCK_N // 8), BLOCK_M, BLOCK_N)
+    return tl.where(lanes >= threshold, x, tl.zeros_like(x))
+
+
+@triton.jit
+def grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile number -> (row, column), walking GROUP_M rows of tiles column by column, so that neighbours share operands."""
+    per_group = GROUP_M * tiles_n
+    first = tile // per_group * GROUP_M
+    rows = min(tiles_m - first, GROUP_M)
+    within = tile % per_group
+    return first + within % rows, within // rows

@@ -1,0 +1,221 @@
+// What the thin products share. One side of each has few columns (the rank), so all of them are the same register tile:
+// broadcast an element of p, multiply it with a row of a packed float32 panel, add to sums that stay in registers.
+// A sum runs over the depth in its order whatever the tile, so bits do not depend on a row's place.
+#pragma once
+#include "keep.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace lk::cpu {
+namespace {
+
+LK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// sum[i][j] += sum over d of p[i * p_row + d * p_step] * panel[d * ld + j * VL ...]
+template <int ROWS, int VECS>
+LK_INLINE void accumulate(const float* p, int64_t p_row, int64_t p_step, const float* panel, int64_t ld, int64_t depth,
+                          Vec (&sum)[ROWS][VECS]) {
+  const float* row[ROWS];
+  for (int i = 0; i < ROWS; ++i) row[i] = p + i * p_row;
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b[VECS];
+    for (int j = 0; j < VECS; ++j) b[j] = load(panel + d * ld + j * VL);
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec a = broadcast(row[i][d * p_step]);
+      for (int j = 0; j < VECS; ++j) sum[i][j] = fma(a, b[j], sum[i][j]);
+    }
+  }
+}
+
+struct Product {
+  const float* p;
+  int64_t p_row, p_step;
+  const float* panel;
+  int64_t ld, depth;
+  float* out;
+  int64_t out_ld;
+  bool add;  // to what is in out
+};
+
+template <int ROWS, int VECS>
+LK_INLINE void product_tile(const Product& g, int64_t i0, int64_t j0) {
+  Vec sum[ROWS][VECS];
+  float* out = g.out + i0 * g.out_ld + j0 * VL;
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < VECS; ++j) sum[i][j] = g.add ? load(out + i * g.out_ld + j * VL) : zero();
+  accumulate<ROWS, VECS>(g.p + i0 * g.p_row, g.p_row, g.p_step, g.panel + j0 * VL, g.ld, g.depth, sum);
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < VECS; ++j) store(out + i * g.out_ld + j * VL, sum[i][j]);
+}
+
+template <int VECS>
+static void product_columns(const Product& g, int64_t rows, int64_t j0) {
+  constexpr int ROWS = VECS == 1 ? 8 : 6;
+  int64_t i = 0;
+  while (i < rows) {
+    const int64_t left = rows - i;
+    if (left >= ROWS && left != 8) {
+      product_tile<ROWS, VECS>(g, i, j0);
+      i += ROWS;
+    } else if (left >= 4) {
+      product_tile<4, VECS>(g, i, j0);
+      i += 4;
+    } else if (left >= 2) {
+      product_tile<2, VECS>(g, i, j0);
+      i += 2;
+    } else {
+      product_tile<1, VECS>(g, i, j0);
+      i += 1;
+    }
+  }
+}
+
+// out (rows, vecs * VL) = or += p (rows, depth) panel (depth, vecs * VL)
+static void product(const Product& g, int64_t rows, int64_t vecs) {
+  int64_t j = 0;
+  for (; j + 2 <= vecs; j += 2) product_columns<2>(g, rows, j);
+  if (j < vecs) product_columns<1>(g, rows, j);
+}
+
+// -- operands as float32 ----------------------------------------------------------------------------------------------
+
+template <DType dtype>
+static void load_row(const Matrix& m, int64_t row, int64_t column, int64_t count, float* out) {
+  using E = Element<dtype>;
+  const typename E::type* from =
+      static_cast<const typename E::type*>(m.data) + row * m.row_stride + column * m.col_stride;
+  int64_t c = 0;
+  if (m.col_stride == 1) {
+    for (; c + VL <= count; c += VL) store(out + c, E::get(from + c));
+    for (; c < count; ++c) out[c] = E::scalar(from[c]);
+  } else {
+    for (; c < count; ++c) out[c] = E::scalar(from[c * m.col_stride]);
+  }
+}
+
+static void load_row_any(const Matrix& m, int64_t row, int64_t column, int64_t count, float* out) {
+  switch (m.dtype) {
+    case DType::f32: return load_row<DType::f32>(m, row, column, count, out);
+    case DType::bf16: return load_row<DType::bf16>(m, row, column, count, out);
+    case DType::f16: return load_row<DType::f16>(m, row, column, count, out);
+  }
+}
+
+struct Mask {
+  const int64_t* seed;  // null: nothing is dropped
+  uint32_t threshold;
+};
+
+struct View {
+  const float* at;
+  int64_t ld;
+};
+
+constexpr int64_t BLOCK = 256;                // columns of a block: its rows and panels stay within the first two caches
+constexpr int64_t BLOCK_LD = BLOCK + 16;      // an odd number of cache lines, so that a column spreads over the sets
+
+// A stripe's rows lie too far apart for the processor to guess the next one.
+LK_INLINE void prefetch(const Matrix& m, int64_t row, int64_t column, int64_t count) {
+  const int64_t size = m.dtype == DType::f32 ? 4 : 2;
+  const char* at = static_cast<const char*>(m.data) + (row * m.row_stride + column) * size;
+  if (m.col_stride == 1)
+    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b);
+}
+
+// Rows m0.. and columns c0.. of a matrix (at most BLOCK of them, c0 a multiple of 8) as float32, copied to out (row length
+// BLOCK_LD) with zeros up to a multiple of VL columns and for what the mask drops; kept elements are not scaled.
+static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, bool ahead = false) {
+  int16_t keep[BLOCK + DRAW];
+  const int64_t padded = round_up(columns, VL);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* line = out + i * BLOCK_LD;
+    if (ahead) prefetch(m, m0 + rows + i, c0, columns);
+    load_row_any(m, m0 + i, c0, columns, line);
+    for (int64_t c = columns; c < padded; ++c) line[c] = 0.0f;
+    if (mask.seed) {
+      keep_row(static_cast<uint64_t>(*mask.seed), mask.threshold, m0 + i, c0, columns, keep);
+      for (int64_t c = 0; c < padded; c += VL) store(line + c, masked(load(line + c), keep + c));
+    }
+  }
+  return {out, BLOCK_LD};
+}
+
+// The same without the zeros behind the last column, and without a copy where memory holds just that.
+static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out) {
+  if (m.dtype == DType::f32 && m.col_stride == 1 && !mask.seed)
+    return {static_cast<const float*>(m.data) + m0 * m.row_stride + c0, m.row_stride};
+  return copy(m, m0, rows, c0, columns, mask, out);
+}
+
+// panel[d * ld + c] = m[row0 + d, column0 + c] for c < columns, zero up to width
+static void pack_rows(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, int64_t columns, int64_t width,
+                      int64_t ld, float* panel) {
+  for (int64_t d = 0; d < depth; ++d) {
+    load_row_any(m, row0 + d, column0, columns, panel + d * ld);
+    for (int64_t c = columns; c < width; ++c) panel[d * ld + c] = 0.0f;
+  }
+}
+
+// panel[d * ld + c] = m[row0 + c, column0 + d] for c < rows, zero up to width; lines: scratch for TURN * depth floats
+constexpr int64_t TURN = 8;
+static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t depth, int64_t width,
+                        int64_t ld, float* panel, float* lines) {
+  if (m.row_stride == 1 && m.col_stride != 1) {  // its transpose lies in order
+    const Matrix turned = {m.data, m.col_stride, m.row_stride, m.dtype};
+    return pack_rows(turned, column0, depth, row0, rows, width, ld, panel);
+  }
+  for (int64_t c = 0; c < width; c += TURN) {
+    const int64_t some = smaller(TURN, width - c);
+    for (int64_t i = 0; i < some; ++i) {
+      if (c + i < rows)
+        load_row_any(m, row0 + c + i, column0, depth, lines + i * depth);
+      else
+        memset(lines + i * depth, 0, depth * sizeof *lines);
+    }
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t i = 0; i < some; ++i) panel[d * ld + c + i] = lines[i * depth + d];
+  }
+}
+
+template <DType dtype>
+static void store_row(const Matrix& m, int64_t row, int64_t column, int64_t count, const float* from, float factor) {
+  using E = Element<dtype>;
+  typename E::type* to = static_cast<typename E::type*>(m.data) + row * m.row_stride + column;
+  int64_t c = 0;
+  for (; c + VL <= count; c += VL) E::put(to + c, mul(load(from + c), broadcast(factor)));
+  if (c < count) {
+    float rest[VL] = {};
+    typename E::type edge[VL];
+    memcpy(rest, from + c, (count - c) * sizeof *rest);
+    E::put(edge, mul(load(rest), broadcast(factor)));
+    memcpy(to + c, edge, (count - c) * sizeof *to);
+  }
+}
+
+// m[row, column + c] = factor * from[c], rounded once
+static void store_row_any(const Matrix& m, int64_t row, int64_t column, int64_t count, const float* from, float factor) {
+  switch (m.dtype) {
+    case DType::f32: return store_row<DType::f32>(m, row, column, count, from, factor);
+    case DType::bf16: return store_row<DType::bf16>(m, row, column, count, from, factor);
+    case DType::f16: return store_row<DType::f16>(m, row, column, count, from, factor);
+  }
+}
+
+// A thread's scratch for the time of a block (scratch.h).
+struct Scratch {
+  float* at;
+  const int slot;
+  Scratch(int slot_, int64_t floats) : at(scratch_take(slot_, floats)), slot(slot_) {}
+  ~Scratch() { scratch_give(slot); }
+  float* next(int64_t floats) {
+    float* here = at;
+    at += round_up(floats, 16);
+    return here;
+  }
+};
+
+}  // namespace
+}  // namespace lk::cpu
