@@ -29,6 +29,6 @@ step() { # step NAME FILE COMMAND...
 step build build.txt env LORAKERNELS_BUILD=cuda "$PYTHON" -m pip install -v --no-build-isolation --no-deps -e .
 step environment environment.txt bash -c "nvidia-smi; '$PYTHON' -m lorakernels; git rev-parse HEAD"
 step tests tests.txt timeout "$TEST_SECONDS" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml"
-step timing timing.txt timeout 120 "$PYTHON" benchmarks/lora_layer.py
+step timing timing.txt timeout 180 "$PYTHON" benchmarks/lora_layer.py --base bfloat16 --seconds 2
 cat "$OUT/status.txt"
 exit "$worst"
