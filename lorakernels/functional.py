@@ -23,6 +23,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     """
     dtype = _autocast_dtype(x)
     _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, dtype)
+    weight, lora_A, lora_B, bias, lora_bias = (t.resolve_neg() if t is not None and t.is_neg() else t for t in (weight, lora_A, lora_B, bias, lora_bias))
     scaling = check_number("scaling", scaling)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = None
@@ -80,6 +81,12 @@ def _check_tensor(name, tensor, shape, letters, like):
         raise TypeError(f"{name}: expected a floating-point dtype ({_names(FLOATS)}), got {_names([tensor.dtype])}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as x is, got {tensor.device}")
+    _check_layout(name, tensor)
+
+
+def _check_layout(name, tensor):
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {tensor.layout}")
 
 
 def _names(dtypes):
@@ -94,6 +101,7 @@ def _check_dtype(name, tensor, allowed, why):
 def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected a floating-point dtype ({_names(FLOATS)}), got {_names([x.dtype])}")
+    _check_layout("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
     if x.shape[-1] == 0:

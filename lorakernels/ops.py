@@ -47,9 +47,15 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _watched():
-    """Whether somebody (torch.compile, a dispatch mode, the profiler) looks at operators. Where nobody does, a primitive's
-    body is called without the dispatcher, which costs more than the call of a kernel."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.profiler._is_profiler_enabled
+    """Whether somebody (torch.compile, a dispatch mode, the profiler, torch.jit.trace, torch.vmap) looks at operators. Where
+    nobody does, a primitive's body is called without the dispatcher, which costs more than the call of a kernel."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 @primitive("lowrank_down(Tensor x, Tensor[] A, Tensor? seed, float dropout_p) -> Tensor")
@@ -78,8 +84,8 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
 
 
 def rows(x):
-    """x as a matrix of rows; a copy only where its strides allow no view."""
-    return x.reshape(-1, x.shape[-1])
+    """x as a matrix of rows; a copy only where its strides allow no view, or its values are those of its memory negated."""
+    return x.resolve_neg().reshape(-1, x.shape[-1])
 
 
 def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
@@ -112,8 +118,9 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else what depends on the adapter would be lost silently
+            raise RuntimeError("lora_linear: its backward cannot be differentiated itself (create_graph=True); it is written for first derivatives")
         x, W, A, B, u, seed = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
         weight_dtypes = W.dtype, A.dtype, B.dtype

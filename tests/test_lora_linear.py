@@ -108,6 +108,7 @@ def _layouts(M, K, dtype, device):
     yield "batched", big[:, :, :K]
     yield "batch transposed", big[:, :, :K].transpose(0, 1)
     yield "vector", big[0, 0, :K]
+    yield "negated", torch._neg_view(big[:M, 0, :K])
 
 
 @pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32)], ids=["float32", "bfloat16"])
@@ -135,7 +136,7 @@ def test_layouts_of_the_parameters(backend, device):
     """W, A, B and the biases as views: tied, sliced out of a stack, transposed."""
     case = make_case(11, 40, 24, 6, BF16, F32, device=device, bias=True, lora_bias=True)
     stack = torch.randn(3, 12, 80, device=device)
-    case.A = stack[1, ::2, ::2]
+    case.A = torch._neg_view(stack[1, ::2, ::2])
     case.B = torch.randn(6, 24, device=device).t()
     case.W = torch.randn(40, 24, device=device).to(BF16).t()
     case.bias = torch.randn(48, device=device).to(BF16)[::2]
@@ -408,9 +409,8 @@ def test_gradcheck(p):
 def test_second_backward_raises_rather_than_lies():
     case = make_case(5, 9, 7, 3, F32, F32)
     x = case.x.requires_grad_()
-    (dx,) = torch.autograd.grad(lora_linear(x, case.W, case.A, case.B).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(lora_linear(x, case.W, case.A, case.B).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("needs", ["x", "A", "B", "W", "bias", "lora_bias", "xA", "AB", "xB"])

@@ -140,6 +140,16 @@ def test_layer_used_twice_and_graph_kept():
     assert torch.equal(x.grad, 2 * once)
 
 
+@torch.no_grad()
+def test_traced_and_exported_layers_compute_the_layer(backend, device):
+    layer, x = layer_and_input(device=device)
+    x, other = x.detach().to(device), torch.randn(3, 4, 24, device=device)
+    traced = torch.jit.trace(layer, x)
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}).module()
+    for call in (traced, exported):
+        assert torch.equal(call(other), layer(other))
+
+
 def test_flops_are_counted():
     layer, x = layer_and_input()
     M, K, N, R = 10, 24, 20, 3

@@ -96,9 +96,9 @@ class GradDownTile(NamedTuple):
 
 
 def lowrank_grad_down(M, K, R, half):
-    """dA in one pass over x. With 4 warps 32 ranks spill on sm_90."""
+    """dA in one pass over x. With 4 warps 32 ranks spill on sm_90, with three stages on gfx942."""
     if half:
-        return GradDownTile(32, 64, 16, 4, 3) if R <= 16 else GradDownTile(32, 128, 32, 8, 3)
+        return GradDownTile(32, 64, 16, 4, 3) if R <= 16 else GradDownTile(32, 128, 32, 8, 2)
     return GradDownTile(32, 32, 16, 4, 2)
 
 
@@ -136,12 +136,13 @@ class MatmulTile(NamedTuple):
 
 def linear_lowrank(M, N, K, R, half, hopper, plain):
     """The fused product. `hopper`: tensor descriptors feed it (sm_90 and later), from deeper tiles. `plain`: without
-    dropout and biases; with them 128 columns spill, those with a mask everywhere, those with biases on sm_100."""
+    dropout and biases; with them 128 columns spill, those with a mask everywhere, those with biases on sm_100. From
+    descriptors 16 rows spill with two stages."""
     if not half:
-        return MatmulTile(32, 64, 32, 16, 8, 4, 2)
+        return MatmulTile(32, 32, 32, 16, 8, 4, 2)  # 64 columns spill on sm_80
     depth = 64 if hopper else 32
     if M <= 64:
-        return MatmulTile(_power_of_two(M, 16, 64), 64, depth, 16, 8, 4, 2)
+        return MatmulTile(_power_of_two(M, 16, 64), 64, depth, 16, 8, 4, 3 if hopper and M <= 16 else 2)
     return MatmulTile(128, 128 if plain else 64, depth, 16, 8, 8, 3)
 
 
