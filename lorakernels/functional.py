@@ -23,7 +23,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     """
     dtype = _autocast_dtype(x)
     _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, dtype)
-    weight, lora_A, lora_B, bias, lora_bias = (t.resolve_neg() if t is not None and t.is_neg() else t for t in (weight, lora_A, lora_B, bias, lora_bias))
+    weight, lora_A, lora_B, bias, lora_bias = (t if t is None else t.resolve_neg() for t in (weight, lora_A, lora_B, bias, lora_bias))
     scaling = check_number("scaling", scaling)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = None
