@@ -22,10 +22,21 @@ def _lowrank_grad(dy, x, u, B, *_, out_shape=None, **__):
     return 2 * dy[0] * R * (dy[1] * ((u is not None) + (B is not None)) + (x[1] if x is not None else 0))
 
 
+def _nf4_linear_lowrank(x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, *_, out_shape=None, **__):
+    return 2 * x[0] * (N * K + (0 if u is None else u[1] * (K if turned else N)))
+
+
+def _none(*_, out_shape=None, **__):
+    return 0
+
+
 FORMULAS = {
     "lowrank_down": _lowrank_down,
     "linear_lowrank": _linear_lowrank,
     "lowrank_grad": _lowrank_grad,
+    "nf4_linear_lowrank": _nf4_linear_lowrank,
+    "dequantize_nf4": _none,
+    "quantize_nf4": _none,
 }
 _registered = False
 

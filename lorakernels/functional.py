@@ -4,16 +4,17 @@ import math
 
 import torch
 
-from . import dropout, ops
+from . import dropout, nf4, ops
+from .nf4 import NF4Tensor
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=0.0, training=True, lora_bias=None):
     """y = x W^T + bias + scaling * (drop(x) A^T B^T + lora_bias)
 
-    x (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), lora_bias (N,) -> y (..., N), any strides.
+    x (..., K), weight (N, K), dense or an NF4Tensor, lora_A (R, K), lora_B (N, R), bias (N,), lora_bias (N,) -> y (..., N), any strides.
 
-    dtypes: x, weight and bias share one of bfloat16, float16, float32, float64; lora_A, lora_B and lora_bias share that
-    one or float32. y has x's dtype; adapter sums run in float32. Under autocast every operand is cast to autocast's
+    dtypes: x, a dense weight and bias share one of bfloat16, float16, float32, float64; lora_A, lora_B and lora_bias share
+    that one or float32. y has x's dtype; adapter sums run in float32. Under autocast every operand is cast to autocast's
     dtype, and y has it. Gradients come back contiguous, in their tensor's dtype, for everything that requires one.
 
     Dropout (training only) acts on the adapter's x alone; each call draws its own mask from torch's generator and
@@ -23,13 +24,75 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     """
     dtype = _autocast_dtype(x)
     _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, dtype)
-    weight, lora_A, lora_B, bias, lora_bias = (t if t is None else t.resolve_neg() for t in (weight, lora_A, lora_B, bias, lora_bias))
+    lora_A, lora_B, bias, lora_bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias, lora_bias))
     scaling = check_number("scaling", scaling)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = None
     if training and dropout.threshold(dropout_p):
         seed = dropout.draw_seed(x.device)
-    return ops.lora_linear(x, weight, lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p if seed is not None else 0.0, dtype)
+    dropout_p = dropout_p if seed is not None else 0.0
+    if isinstance(weight, NF4Tensor):
+        pieces = weight.absmax, weight.nested, weight.format
+        return ops.lora_linear(x, weight.packed, lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p, dtype, *pieces)
+    return ops.lora_linear(x, weight.resolve_neg(), lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p, dtype)
+
+
+def nf4_linear(x, weight, bias=None):
+    """y = x W^T + bias, W in NF4
+
+    x (..., K), weight an NF4Tensor (N, K), bias (N,) -> y (..., N), any strides. x is bfloat16, float16, float32 or
+    float64, bias has its dtype, and y too; under autocast they are cast to autocast's dtype. W's values are code * absmax,
+    rounded once at most; sums run in float32. Gradients for x and bias, from the packed bytes: no dense copy is kept.
+    Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
+
+    Raises TypeError or ValueError naming the argument, before any kernel.
+    """
+    dtype = _autocast_dtype(x)
+    _check_x(x)
+    if not isinstance(weight, NF4Tensor):
+        raise TypeError(f"weight: expected an NF4Tensor, got {_kind(weight)}; quantize_nf4() makes one")
+    _check_nf4(weight, x)
+    if bias is not None:
+        _check_tensor("bias", bias, (weight.format.N,), "N", x)
+        if dtype is None:
+            _check_dtype("bias", bias, [x.dtype], "x's dtype")
+    return ops.nf4_linear(x, weight, bias if bias is None else bias.resolve_neg(), dtype)
+
+
+def quantize_nf4(weight, blocksize=64, double_quant=True):
+    """NF4 of a weight (N, K): the code nearest to w / absmax of its block, a tie to the lower code.
+
+    weight bfloat16, float16 or float32 -> NF4Tensor of that dtype. blocksize: elements that share a scale, a power of two
+    from 32 to 4096; blocks run on over the ends of rows. double_quant: scales as bytes with a second level of scales in
+    blocks of 256. All backends give the same bytes. Dettmers et al., 2023.
+
+    Raises TypeError, or ValueError naming the argument; weights that are not finite, with the position of the first.
+    """
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight: expected a Tensor, got {_kind(weight)}")
+    _check_layout("weight", weight)
+    if weight.dtype not in nf4.FLOATS.values():
+        raise TypeError(f"weight: expected {_names(nf4.FLOATS.values())}, got {_names([weight.dtype])}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape (N, K) with N and K of at least 1, got {tuple(weight.shape)}")
+    if type(blocksize) is not int or blocksize not in nf4.BLOCKSIZES:
+        raise ValueError(f"blocksize: expected one of {', '.join(map(str, nf4.BLOCKSIZES))}, got {blocksize!r}")
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"double_quant: expected a bool, got {_kind(double_quant)}")
+    weight = weight.detach().contiguous().resolve_neg()
+    format, dtype = nf4.Format(*weight.shape, blocksize), weight.dtype
+    if weight.is_meta:
+        blocks = -(-weight.numel() // blocksize)
+        absmax = weight.new_empty(blocks if double_quant else 4 * blocks, dtype=torch.uint8)
+        nested = weight.new_empty(4 * (257 + -(-blocks // nf4.NESTED_BLOCKSIZE)), dtype=torch.uint8) if double_quant else None
+        return NF4Tensor(weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8), absmax, nested, weight.new_empty(0, dtype=torch.uint8), format, dtype)
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        n, k = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"weight: not finite at [{n}, {k}]: {weight[n, k].item()}")
+    packed, absmax = ops.quantize_nf4(weight, blocksize)
+    absmax, nested = nf4.double_quantize(absmax) if double_quant else (nf4.bytes_of(absmax), None)
+    return NF4Tensor(packed, absmax, nested, nf4.make_quant_state(format, dtype, nested).to(weight.device), format, dtype)
 
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
@@ -98,7 +161,7 @@ def _check_dtype(name, tensor, allowed, why):
         raise TypeError(f"{name}: expected {' or '.join(_names([d]) for d in dict.fromkeys(allowed))} ({why}), got {_names([tensor.dtype])}")
 
 
-def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
+def _check_x(x):
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected a floating-point dtype ({_names(FLOATS)}), got {_names([x.dtype])}")
     _check_layout("x", x)
@@ -106,8 +169,24 @@ def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
         raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., K) with K of at least 1, got {tuple(x.shape)}")
-    _check_tensor("weight", weight, (None, x.shape[-1]), "NK", x)
-    N, K = weight.shape
+
+
+def _check_nf4(weight, x):
+    if weight.format.K != x.shape[-1]:
+        raise ValueError(f"weight: expected shape (N, K={x.shape[-1]}), got {tuple(weight.shape)}")
+    if weight.packed.device != x.device:
+        raise ValueError(f"weight: expected device {x.device}, as x is, got {weight.packed.device}")
+
+
+def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
+    _check_x(x)
+    packed = isinstance(weight, NF4Tensor)
+    if packed:
+        _check_nf4(weight, x)
+        N, K = weight.format.N, weight.format.K
+    else:
+        _check_tensor("weight", weight, (None, x.shape[-1]), "NK", x)
+        N, K = weight.shape
     if N == 0:
         raise ValueError(f"weight: expected shape (N, K) with N of at least 1, got {tuple(weight.shape)}")
     _check_tensor("lora_A", lora_A, (None, K), "RK", x)
@@ -120,11 +199,12 @@ def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
             _check_tensor(name, vector, (N,), "N", x)
     if autocast is not None:
         return
-    _check_dtype("weight", weight, [x.dtype], "x's dtype; cast one of them, or use autocast")
+    if not packed:
+        _check_dtype("weight", weight, [x.dtype], "x's dtype; cast one of them, or use autocast")
     adapter = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
     _check_dtype("lora_A", lora_A, adapter, "the base's dtype or float32")
     _check_dtype("lora_B", lora_B, [lora_A.dtype], "lora_A's dtype")
     if bias is not None:
-        _check_dtype("bias", bias, [weight.dtype], "the weight's dtype")
+        _check_dtype("bias", bias, [x.dtype], "the weight's dtype")
     if lora_bias is not None:
         _check_dtype("lora_bias", lora_bias, [lora_B.dtype], "lora_B's dtype")

@@ -13,8 +13,9 @@ from . import backends, flops
 from .backends.reference import accumulator
 
 
-def primitive(schema):
-    """Define `lorakernels::<schema>`. The decorated function is its shape rule; a backend's function is its body."""
+def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
+    """Define `lorakernels::<schema>`. The decorated function is its shape rule; a backend's function is its body, chosen by
+    the first argument's device and by `dtype_of` the arguments."""
     name = schema.partition("(")[0]
     qualified = f"lorakernels::{name}"
 
@@ -25,8 +26,7 @@ def primitive(schema):
         def body(*arguments):
             if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
                 raise RuntimeError(f"{qualified} does not support automatic differentiation; lorakernels.functional does")
-            base = arguments[0]  # x or dy: its device and dtype decide
-            return backends.select(name, base.device.type, base.dtype)(*arguments)
+            return backends.select(name, arguments[0].device.type, dtype_of(arguments))(*arguments)
 
         torch.library.impl(qualified, "CompositeExplicitAutograd")(body)
         operator = getattr(torch.ops.lorakernels, name).default
@@ -83,19 +83,65 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
     return du, dA, dB  # (M,R), (R,K), (N,R)
 
 
+@primitive(
+    "nf4_linear_lowrank(Tensor x, Tensor packed, Tensor absmax, Tensor? nested, int N, int K, int blocksize, int nested_blocksize,"
+    " bool turned, Tensor? u, Tensor? v, float scaling, Tensor? bias, Tensor? lowrank_bias, Tensor? seed, float dropout_p) -> Tensor"
+)
+def nf4_linear_lowrank(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    return x.new_empty(x.shape[0], K if turned else N)  # y (M,N), or dx (M,K)
+
+
+@primitive(
+    "dequantize_nf4(Tensor packed, Tensor absmax, Tensor? nested, int N, int K, int blocksize, int nested_blocksize,"
+    " int n0, int k0, int rows, int columns, ScalarType dtype) -> Tensor",
+    dtype_of=lambda arguments: arguments[-1],
+)
+def dequantize_nf4(packed, absmax, nested, N, K, blocksize, nested_blocksize, n0, k0, rows, columns, dtype):
+    return packed.new_empty(rows, columns, dtype=dtype)
+
+
+@primitive("quantize_nf4(Tensor weight, int blocksize) -> (Tensor, Tensor)")
+def quantize_nf4(weight, blocksize):
+    return weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8), weight.new_empty(-(-weight.numel() // blocksize), dtype=torch.float32)
+
+
 def rows(x):
     """x as a matrix of rows; a copy only where its strides allow no view, or its values are those of its memory negated."""
     return x.resolve_neg().reshape(-1, x.shape[-1])
 
 
-def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
-    """y and u of LoraLinear, with every operand cast to `dtype` where one is given (autocast)."""
-    if dtype is not None:
-        x, W, A, B, bias, lora_bias = (t if t is None else t.to(dtype) for t in (x, W, A, B, bias, lora_bias))
+def product(x, W, scales, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
+    """x W^T, or x W where turned, + bias + scaling (drop'(u v^T) + lowrank_bias). W is dense where scales is None; else it is
+    NF4's packed codes and scales (absmax, nested, its Format)."""
+    if scales is None:
+        return linear_lowrank(x, W.t() if turned else W, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+    absmax, nested, format = scales
+    return nf4_linear_lowrank(x, W, absmax, nested, *format, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+
+
+def cast(dtype, *tensors):
+    """The floating-point ones in `dtype` where one is given (autocast)."""
+    return tensors if dtype is None else tuple(t if t is None or t.dtype == torch.uint8 else t.to(dtype) for t in tensors)
+
+
+def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, scales):
+    """y and u of LoraLinear."""
+    x, W, A, B, bias, lora_bias = cast(dtype, x, W, A, B, bias, lora_bias)
     x_rows = rows(x)
     u = lowrank_down(x_rows, [A], seed, dropout_p)
-    y = linear_lowrank(x_rows, W, u, B, scaling, bias, lora_bias, None, 0.0)
-    return y.view(*x.shape[:-1], W.shape[0]), u
+    y = product(x_rows, W, scales, False, u, B, scaling, bias, lora_bias, None, 0.0)
+    return y.view(*x.shape[:-1], y.shape[1]), u
+
+
+def packed_scales(absmax, nested, format):
+    return None if absmax is None else (absmax, nested, format)
+
+
+def refuse_second_derivatives():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else what depends on the adapter would be lost silently
+        raise RuntimeError("lora_linear: its backward cannot be differentiated itself (create_graph=True); it is written for first derivatives")
 
 
 class LoraLinear(torch.autograd.Function):
@@ -104,28 +150,27 @@ class LoraLinear(torch.autograd.Function):
     du = s dy B          dx = dy W + drop'(du A)     dW = dy^T x       dbias = sum dy
     dB = s dy^T u        dA = du^T drop(x)           dlora_bias = s sum dy
 
-    Kept for backward: x as given, u, the seed and the parameters. The mask is drawn again from the seed.
+    Kept for backward: x as given, u, the seed and the parameters. The mask is drawn again from the seed. W is dense, or,
+    with absmax, NF4's packed codes, which have no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
-        y, u = forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
+    def forward(ctx, x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, absmax, nested, format):
+        y, u = forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, packed_scales(absmax, nested, format))
         keep_x = A.requires_grad or W.requires_grad
-        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, seed)
-        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
+        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, seed, absmax, nested)
+        ctx.scaling, ctx.dropout_p, ctx.dtype, ctx.format = scaling, dropout_p, dtype, format
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, lora_bias)]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else what depends on the adapter would be lost silently
-            raise RuntimeError("lora_linear: its backward cannot be differentiated itself (create_graph=True); it is written for first derivatives")
-        x, W, A, B, u, seed = ctx.saved_tensors
+        refuse_second_derivatives()
+        x, W, A, B, u, seed, absmax, nested = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
         weight_dtypes = W.dtype, A.dtype, B.dtype
-        if ctx.dtype is not None:
-            x, W, A, B = (t if t is None else t.to(ctx.dtype) for t in (x, W, A, B))
+        x, W, A, B = cast(ctx.dtype, x, W, A, B)
         dy = rows(dy)
         x = None if x is None else rows(x)
         dx = dW = dA = dB = dbias = dlora_bias = None
@@ -136,7 +181,7 @@ class LoraLinear(torch.autograd.Function):
             dA = dA if need_A else None
             dB = dB.to(weight_dtypes[2]) if need_B else None
         if need_x:
-            dx = linear_lowrank(dy, W.t(), du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
+            dx = product(dy, W, packed_scales(absmax, nested, ctx.format), True, du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
@@ -145,14 +190,54 @@ class LoraLinear(torch.autograd.Function):
             total = dy.sum(0, dtype=accumulator(dy.dtype))
             dbias = total.to(ctx.bias_dtypes[0]) if need_bias else None
             dlora_bias = (total * ctx.scaling).to(ctx.bias_dtypes[1]) if need_lora_bias else None
-        return dx, dW, dA, dB, dbias, dlora_bias, None, None, None, None
+        return dx, dW, dA, dB, dbias, dlora_bias, *[None] * 7
 
 
-def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype):
+class NF4Linear(torch.autograd.Function):
+    """y = x W^T + bias, dx = dy W, dbias = sum dy. Kept for backward: the packed weight alone."""
+
+    @staticmethod
+    def forward(ctx, x, bias, dtype, packed, absmax, nested, format):
+        ctx.save_for_backward(packed, absmax, nested)
+        ctx.format, ctx.x_shape, ctx.x_dtype = format, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nf4_forward(x, bias, dtype, packed, absmax, nested, format)
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivatives()
+        packed, absmax, nested = ctx.saved_tensors
+        dy = rows(dy)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, packed, (absmax, nested, ctx.format), True, None, None, 1.0, None, None, None, 0.0)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+        return dx, dbias, None, None, None, None, None
+
+
+def nf4_forward(x, bias, dtype, packed, absmax, nested, format):
+    x, bias = cast(dtype, x, bias)
+    y = product(rows(x), packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def nf4_linear(x, weight, bias, dtype):
+    """NF4Linear, without the Function where no gradient can be asked for. weight: an NF4Tensor."""
+    if not torch.compiler.is_compiling():
+        flops.register()
+    arguments = (x, bias, dtype, weight.packed, weight.absmax, weight.nested, weight.format)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return NF4Linear.apply(*arguments)
+    return nf4_forward(*arguments)
+
+
+def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, absmax=None, nested=None, format=None):
     """LoraLinear, without the Function where no gradient can be asked for."""
     if not torch.compiler.is_compiling():
         flops.register()
     arguments = (x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
-        return LoraLinear.apply(*arguments)
-    return forward(*arguments)[0]
+        return LoraLinear.apply(*arguments, absmax, nested, format)
+    return forward(*arguments, packed_scales(absmax, nested, format))[0]

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../nf4.h"
 #include "../params.h"
 
 namespace lk {
@@ -45,6 +46,26 @@ inline LowrankGrad lowrank_grad_params(int64_t M, int64_t N, int64_t K, int64_t 
                                        Tensor du, Tensor dA, Tensor dB, float scaling, Drop drop, Address workspace) {
   return {M, N, K, R, matrix(dy), matrix(x), matrix(u), matrix(B), matrix(du), matrix(dA), matrix(dB),
           scaling, dropout(drop), static_cast<float*>(pointer(workspace))};
+}
+
+// packed, absmax, nested (0 for none), N, K, block_shift, nested_shift
+using NF4 = std::tuple<Address, Address, Address, int64_t, int64_t, int32_t, int32_t>;
+
+inline NF4Weight nf4_weight(const NF4& w) {
+  const auto bytes = [](Address a) { return static_cast<const uint8_t*>(pointer(a)); };
+  return {bytes(std::get<0>(w)), bytes(std::get<1>(w)), bytes(std::get<2>(w)), std::get<3>(w), std::get<4>(w), std::get<5>(w), std::get<6>(w)};
+}
+
+inline DequantizeNF4 dequantize_nf4_params(NF4 w, int64_t n0, int64_t k0, int64_t rows, int64_t columns, Tensor out) {
+  return {nf4_weight(w), n0, k0, rows, columns, matrix(out)};
+}
+
+inline QuantizeNF4 quantize_nf4_params(Address weight, int dtype, int64_t count, int32_t block_shift, Address packed, Address absmax) {
+  return {pointer(weight), static_cast<DType>(dtype), count, block_shift, static_cast<uint8_t*>(pointer(packed)), static_cast<float*>(pointer(absmax))};
+}
+
+inline NF4Linear nf4_linear_params(NF4 w, int64_t M, Tensor x, Tensor bias, Tensor y) {
+  return {nf4_weight(w), M, matrix(x), matrix(bias), matrix(y)};
 }
 
 // A Python function that fills the struct from its arguments and runs the kernel without the interpreter lock.

@@ -43,5 +43,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("add_lowrank", stream_launcher(add_lowrank_params, cuda::add_lowrank));
   m.def("lowrank_down", stream_launcher(lowrank_down_params, cuda::lowrank_down));
   m.def("lowrank_grad", stream_launcher(lowrank_grad_params, cuda::lowrank_grad));
+  m.def("dequantize_nf4", stream_launcher(dequantize_nf4_params, cuda::dequantize_nf4));
+  m.def("quantize_nf4", stream_launcher(quantize_nf4_params, cuda::quantize_nf4));
   m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

@@ -8,7 +8,8 @@
 namespace lk::cpu {
 namespace {
 
-#define LK_KERNELS(isa) {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad}
+#define LK_KERNELS(isa) \
+  {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear}
 #ifdef LK_X86
 const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512)};
 #else

@@ -1,5 +1,6 @@
 // The CPU kernels' entry points. Each exists once per instruction set; dispatch.cpp picks at load.
 #pragma once
+#include "../nf4.h"
 #include "../params.h"
 
 namespace lk::cpu {
@@ -9,13 +10,19 @@ struct Kernels {
   void (*add_lowrank)(const AddLowrank&);
   void (*lowrank_down)(const LowrankDown&);
   void (*lowrank_grad)(const LowrankGrad&);
+  void (*dequantize_nf4)(const DequantizeNF4&);
+  void (*quantize_nf4)(const QuantizeNF4&);
+  void (*nf4_linear)(const NF4Linear&);
 };
 
-#define LK_DECLARE_KERNELS(isa)           \
-  namespace isa {                         \
-  void add_lowrank(const AddLowrank&);    \
-  void lowrank_down(const LowrankDown&);  \
-  void lowrank_grad(const LowrankGrad&);  \
+#define LK_DECLARE_KERNELS(isa)               \
+  namespace isa {                             \
+  void add_lowrank(const AddLowrank&);        \
+  void lowrank_down(const LowrankDown&);      \
+  void lowrank_grad(const LowrankGrad&);      \
+  void dequantize_nf4(const DequantizeNF4&);  \
+  void quantize_nf4(const QuantizeNF4&);      \
+  void nf4_linear(const NF4Linear&);          \
   }
 LK_DECLARE_KERNELS(portable)
 #ifdef LK_X86

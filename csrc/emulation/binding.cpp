@@ -21,5 +21,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("add_lowrank", emulated(add_lowrank_params, cuda::add_lowrank));
   m.def("lowrank_down", emulated(lowrank_down_params, cuda::lowrank_down));
   m.def("lowrank_grad", emulated(lowrank_grad_params, cuda::lowrank_grad));
+  m.def("dequantize_nf4", emulated(dequantize_nf4_params, cuda::dequantize_nf4));
+  m.def("quantize_nf4", emulated(quantize_nf4_params, cuda::quantize_nf4));
   m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

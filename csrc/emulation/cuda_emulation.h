@@ -30,6 +30,11 @@
 #define gridDim (lk::emulation::state().grid)
 #define __syncthreads() lk::emulation::barrier()
 
+// rounding of their own, never fused (-ffp-contract=off)
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+
 extern char __start_lk_shared[] __attribute__((weak)), __stop_lk_shared[] __attribute__((weak));
 
 namespace lk::emulation {

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import native
-from .reference import base_product
+from .reference import base_product, nf4_product
 
 
 @functools.lru_cache(maxsize=None)
@@ -52,3 +52,47 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
     du, dA, dB = native.lowrank_grad_results(dy, x, u, B, dtype)
     module().lowrank_grad(*native.lowrank_grad_arguments(dy, x, u, B, du, dA, dB, scaling, seed, dropout_p))
     return du, dA, dB
+
+
+# -- NF4 -----------------------------------------------------------------------------------------------------------------------
+
+FEW = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}  # rows up to which the packed weight is multiplied as it is
+
+
+@functools.lru_cache(maxsize=None)
+def multiplied_in(dtype):
+    """The dtype that torch's product runs in: bfloat16 where the processor has instructions for it, else float32, which is
+    faster than torch's emulation of a half-precision product by two orders of magnitude, and rounds less."""
+    return dtype if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def dequantize_nf4(packed, absmax, nested, N, K, blocksize, nested_blocksize, n0, k0, rows, columns, dtype):
+    """W[n0 : n0 + rows, k0 : k0 + columns]: code * absmax in float32, rounded once to dtype, in C++."""
+    out = packed.new_empty(rows, columns, dtype=dtype)
+    weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    module().dequantize_nf4(weight, n0, k0, rows, columns, native.matrix(out))
+    return out
+
+
+def quantize_nf4(weight, blocksize):
+    """Codes, two to a byte, and float32 absmax of the weight's blocks, in C++."""
+    packed, absmax = native.quantize_nf4_results(weight, blocksize)
+    module().quantize_nf4(*native.quantize_nf4_arguments(weight, blocksize, packed, absmax))
+    return packed, absmax
+
+
+def nf4_linear_lowrank(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    """linear_lowrank with W in NF4: few rows meet the packed codes in C++; many a slab at a time, decoded in C++ and
+    multiplied by torch (oneDNN); then the low-rank term in place, in C++."""
+    weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    if x.shape[0] <= FEW[x.dtype] and not turned:
+        y = x.new_empty(x.shape[0], N)
+        module().nf4_linear(weight, x.shape[0], native.matrix(x), native.vector(bias), native.matrix(y))
+    else:
+        decode = lambda n0, k0, out: module().dequantize_nf4(weight, n0, k0, *out.shape, native.matrix(out))  # noqa: E731
+        y = nf4_product(x, (N, K), turned, bias, decode, dtype=multiplied_in(x.dtype))
+    if u is not None:
+        module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
+    return y

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from . import native
-from .reference import base_product
+from .reference import base_product, nf4_product
 
 
 @functools.lru_cache(maxsize=None)
@@ -62,3 +62,36 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
     workspace = dy.new_empty(module().lowrank_grad_workspace(*dy.shape, K, R, x is not None, u is not None), dtype=torch.float32)
     launch("lowrank_grad", dy, native.lowrank_grad_arguments(dy, x, u, B, du, dA, dB, scaling, seed, dropout_p, workspace))
     return du, dA, dB
+
+
+# -- NF4 -----------------------------------------------------------------------------------------------------------------------
+
+SLAB = 24 << 20  # bytes of W that are dense at a time: they stay in the second-level cache until they are multiplied
+
+
+def dequantize_nf4(packed, absmax, nested, N, K, blocksize, nested_blocksize, n0, k0, rows, columns, dtype):
+    """W[n0 : n0 + rows, k0 : k0 + columns]: code * absmax in float32, rounded once to dtype, in CUDA C++."""
+    out = packed.new_empty(rows, columns, dtype=dtype)
+    weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    launch("dequantize_nf4", packed, (weight, n0, k0, rows, columns, native.matrix(out)))
+    return out
+
+
+def quantize_nf4(weight, blocksize):
+    """Codes, two to a byte, and float32 absmax of the weight's blocks, in CUDA C++."""
+    packed, absmax = native.quantize_nf4_results(weight, blocksize)
+    launch("quantize_nf4", weight, native.quantize_nf4_arguments(weight, blocksize, packed, absmax))
+    return packed, absmax
+
+
+def nf4_linear_lowrank(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    """linear_lowrank with W in NF4: a slab at a time decoded in CUDA C++ and multiplied by torch (cuBLAS), then the low-rank
+    term in place, in CUDA C++."""
+    weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    decode = lambda n0, k0, out: launch("dequantize_nf4", x, (weight, n0, k0, *out.shape, native.matrix(out)))  # noqa: E731
+    y = nf4_product(x, (N, K), turned, bias, decode, SLAB)
+    if u is not None:
+        launch("add_lowrank", y, native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
+    return y

@@ -47,6 +47,23 @@ def vector(tensor):
     return (0, 0, 0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], 0, tensor.stride(0))
 
 
+def nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize):
+    """NF4 in csrc/bindings/arguments.h."""
+    shifts = blocksize.bit_length() - 1, nested_blocksize.bit_length() - 1
+    return (packed.data_ptr(), absmax.data_ptr(), 0 if nested is None else nested.data_ptr(), N, K, *shifts)
+
+
+def quantize_nf4_results(weight, blocksize):
+    """Fresh packed and absmax for quantize_nf4."""
+    count = weight.numel()
+    packed = weight.new_empty((count + 1) // 2, dtype=torch.uint8)
+    return packed, weight.new_empty(-(-count // blocksize), dtype=torch.float32)
+
+
+def quantize_nf4_arguments(weight, blocksize, packed, absmax):
+    return (weight.data_ptr(), DTYPES[weight.dtype], weight.numel(), blocksize.bit_length() - 1, packed.data_ptr(), absmax.data_ptr())
+
+
 def drop(seed, dropout_p):
     return (0, 0, 1.0) if seed is None else (seed.data_ptr(), dropout.threshold(dropout_p), dropout.scale(dropout_p))
 

@@ -8,7 +8,7 @@ recording half a graph, and autocast, which does not see out= forms, changes not
 
 import torch
 
-from .. import dropout
+from .. import dropout, nf4
 
 
 def why_not(device_type, dtype):
@@ -54,7 +54,10 @@ def lowrank_down(x, A, seed, dropout_p):
 
 def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     """y (M,N) = x w^T + bias + scaling * (drop(u v^T) + lowrank_bias): torch product, then the sum in float32."""
-    y = base_product(x, w, bias)
+    return _add(base_product(x, w, bias), u, v, scaling, lowrank_bias, seed, dropout_p)
+
+
+def _add(y, u, v, scaling, lowrank_bias, seed, dropout_p):
     delta = drop(product(u, v.t(), u.dtype), seed, dropout_p) * scaling
     if lowrank_bias is not None:
         delta += lowrank_bias.to(u.dtype) * scaling
@@ -77,3 +80,63 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
     if u is not None:
         dB = product(dy.t(), u, wide).mul_(scaling).to(dtype)
     return du, dA, dB
+
+
+# -- NF4 -----------------------------------------------------------------------------------------------------------------------
+
+
+def dequantize_nf4(packed, absmax, nested, N, K, blocksize, nested_blocksize, n0, k0, rows, columns, dtype):
+    """W[n0 : n0 + rows, k0 : k0 + columns]: code * absmax in float32, rounded once to dtype, by torch's indexing."""
+    device = packed.device
+    element = (torch.arange(n0, n0 + rows, device=device) * K + k0)[:, None] + torch.arange(columns, device=device)
+    pairs = packed.flatten()[element >> 1]
+    codes = torch.where(element & 1 == 0, pairs >> 4, pairs & 15).long()
+    scales = nf4.block_scales(absmax, nested, nested_blocksize)
+    return (nf4.codebook(device)[codes] * scales[element // blocksize]).to(dtype)
+
+
+def quantize_nf4(weight, blocksize):
+    """Codes, two to a byte, and float32 absmax of the weight's blocks: code = how many boundaries lie below w / absmax."""
+    flat = weight.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=nf4.TINY))[:, None]
+    codes = torch.bucketize(scaled, nf4.boundaries(weight.device)).to(torch.uint8).flatten()[: flat.numel()]
+    pairs = torch.nn.functional.pad(codes, (0, flat.numel() % 2)).view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1], absmax
+
+
+SLAB = 4 << 20  # bytes of W that are dense at a time: within a CPU's last cache
+
+
+def nf4_product(x, sizes, turned, bias, decode, slab=SLAB, dtype=None):
+    """x W^T + bias, or x W where turned, of a packed W (N,K) = sizes, slab by slab: each element of y is of one product.
+
+    decode(n0, k0, out) writes W[n0 : ..., k0 : ...] to out. dtype: what is multiplied in, x's own by default; y has x's.
+    """
+    (N, K), dtype = sizes, dtype or x.dtype
+    wide, deep = (K, N) if turned else (N, K)
+    y = x.new_empty(x.shape[0], wide)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    step = min(wide, max(64, slab // (deep * x.element_size()) // 64 * 64))
+    room = x.new_empty(step * deep)
+    narrow = None if dtype == y.dtype else x.new_empty(x.shape[0], step)
+    for i in range(0, wide, step):
+        count = min(step, wide - i)
+        w = room[: count * deep].view(deep, count) if turned else room[: count * deep].view(count, deep)
+        decode(0 if turned else i, i if turned else 0, w)
+        w, columns = w if turned else w.t(), y[:, i : i + count]
+        out = columns if narrow is None else narrow[:, :count]
+        torch.mm(x, w, out=out) if bias is None else torch.addmm(bias[i : i + count], x, w, out=out)
+        if narrow is not None:
+            columns.copy_(out)
+    return y
+
+
+def nf4_linear_lowrank(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    """linear_lowrank with W, or where turned W^T, in NF4: slabs of it dense in x's dtype, a torch product each, then the sum."""
+    weight = (packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    y = nf4_product(x, (N, K), turned, bias, lambda n0, k0, out: out.copy_(dequantize_nf4(*weight, n0, k0, *out.shape, out.dtype)))
+    return y if u is None else _add(y, u, v, scaling, lowrank_bias, seed, dropout_p)

@@ -10,8 +10,9 @@ import os
 import torch
 
 from ... import dropout
-from ..native import lowrank_grad_results, unsupported
-from ..reference import base_product
+from ...nf4 import floats_of
+from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
+from ..reference import base_product, nf4_product
 
 
 def why_not(device_type, dtype):
@@ -101,9 +102,13 @@ def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
 
 def linear_lowrank_composed(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     """torch's product, then the low-rank term in place."""
+    return add_lowrank(base_product(x, w, bias), u, v, scaling, lowrank_bias, seed, dropout_p)
+
+
+def add_lowrank(y, u, v, scaling, lowrank_bias, seed, dropout_p):
+    """y += scaling * (drop(u v^T) + lowrank_bias), in place. Returns y."""
     from . import kernels, tiles
 
-    y = base_product(x, w, bias)
     M, N, R = *y.shape, u.shape[1]
     if M == 0:
         return y
@@ -218,3 +223,54 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
                 **total._asdict(),
             )  # fmt: skip
     return du, dA, dB
+
+
+# -- NF4 -----------------------------------------------------------------------------------------------------------------------
+
+SLAB = 24 << 20  # bytes of W that are dense at a time: they stay in the second-level cache until they are multiplied
+
+
+def dequantize_nf4(packed, absmax, nested, N, K, blocksize, nested_blocksize, n0, k0, rows, columns, dtype):
+    """W[n0 : n0 + rows, k0 : k0 + columns]: code * absmax in float32, rounded once to dtype, in Triton."""
+    out = packed.new_empty(rows, columns, dtype=dtype)
+    _dequantize(packed, absmax, nested, K, blocksize, nested_blocksize, n0, k0, out)
+    return out
+
+
+def _dequantize(packed, absmax, nested, K, blocksize, nested_blocksize, n0, k0, out):
+    from . import nf4, tiles
+
+    rows, columns = out.shape
+    tile = tiles.dequantize_nf4()
+    with on_device(packed):
+        nf4.dequantize_nf4[(-(-rows // tile.BLOCK_N) * -(-columns // tile.BLOCK_K),)](
+            packed, floats_of(absmax) if nested is None else absmax, packed if nested is None else floats_of(nested), out,
+            K, n0, k0, rows, columns,
+            blocksize, nested_blocksize,
+            out.stride(0),
+            nested is not None,
+            **tile._asdict(), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def quantize_nf4(weight, blocksize):
+    """Codes, two to a byte, and float32 absmax of the weight's blocks, in Triton."""
+    from . import nf4, tiles
+
+    packed, absmax = quantize_nf4_results(weight, blocksize)
+    tile = tiles.quantize_nf4(blocksize)
+    with on_device(weight):
+        nf4.quantize_nf4[(-(-absmax.numel() // tile.BLOCKS),)](
+            weight, packed, absmax, weight.numel(), blocksize, **tile._asdict(), enable_fp_fusion=False
+        )  # fmt: skip
+    return packed, absmax
+
+
+def nf4_linear_lowrank(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    """linear_lowrank with W in NF4: a slab at a time decoded in Triton and multiplied by torch, then the low-rank term in
+    place, in Triton."""
+    decode = lambda n0, k0, out: _dequantize(packed, absmax, nested, K, blocksize, nested_blocksize, n0, k0, out)  # noqa: E731
+    y = nf4_product(x, (N, K), turned, bias, decode, SLAB)
+    return y if u is None else add_lowrank(y, u, v, scaling, lowrank_bias, seed, dropout_p)

@@ -124,6 +124,33 @@ def sum_parts():
     return SumTile(8, 256, 4, 2)
 
 
+class DequantizeTile(NamedTuple):
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def dequantize_nf4():
+    """Eight elements a thread, along a row: one 16-byte store of half precision."""
+    return DequantizeTile(8, 128, 4, 1)
+
+
+class QuantizeTile(NamedTuple):
+    BLOCKS: int  # of the weight, in one program
+    num_warps: int
+    num_stages: int
+
+
+def quantize_nf4(blocksize):
+    """About 1,024 elements a program."""
+    return QuantizeTile(max(1, 1024 // blocksize), 4, 1)
+
+
+def every_quantize_nf4():
+    return [(blocksize, quantize_nf4(blocksize)) for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)]
+
+
 class MatmulTile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
