@@ -6,11 +6,17 @@ from . import backends, functional
 from .backends import use_backend
 from .checkpoint import load_adapter, save_adapter
 from .explain import explain
+from .functional import quantize_nf4
 from .models import apply_lora, disable_adapters, merge_adapters, print_trainable_parameters
 from .modules import LoraLinear
+from .nf4 import NF4Tensor
+from .nf4_modules import NF4Linear, QLoraLinear
 
 __all__ = [
     "LoraLinear",
+    "NF4Linear",
+    "NF4Tensor",
+    "QLoraLinear",
     "apply_lora",
     "backends",
     "disable_adapters",
@@ -19,6 +25,7 @@ __all__ = [
     "load_adapter",
     "merge_adapters",
     "print_trainable_parameters",
+    "quantize_nf4",
     "save_adapter",
     "use_backend",
 ]

@@ -9,7 +9,8 @@ from torch import nn
 
 from . import targets
 from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
-from .modules import LoraLinear, check_arguments
+from .modules import Adapter, check_arguments
+from .nf4_modules import NF4Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1 << 20  # bytes; a real one has some two thousand
@@ -90,7 +91,7 @@ def _config(model, layers):
     init = _common(layers, "init_lora_weights")
     biases = _trained_biases(model)
     own = {f"{name}.bias" for name in layers}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))]
     return {
         "peft_type": "LORA",
         "r": r,
@@ -120,7 +121,7 @@ def _escape(name):
 
 
 def load_adapter(model, directory):
-    """Put a PEFT LoRA adapter on a model: onto its LoraLinear layers, or onto the nn.Linear modules that the file names.
+    """Put a PEFT LoRA adapter on a model: onto its layers with adapters, or onto the linear modules that the file names.
 
     Returns the names of the adapted modules. Everything is read and checked first: after an error (FileNotFoundError,
     ValueError or TypeError, naming the file, field, module or tensor) the model is as it was.
@@ -213,13 +214,13 @@ def _read_weights(directory):
 
 
 def _check_module(model, config, name, pieces):
-    """The LoraLinear arguments for a module that gets its adapter now, None for one that has it."""
+    """The adapter's arguments for a module that gets its adapter now, None for one that has it."""
     where = f"{WEIGHTS}: {name}"
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{where}: the model has no such module") from None
-    if not isinstance(module, LoraLinear) and (why := why_skipped(model, name)):
+    if not isinstance(module, Adapter) and (why := why_skipped(model, name)):
         raise ValueError(f"{where}: {why}")
     A, B = (pieces.get(kind) for kind in ("lora_A.weight", "lora_B.weight"))
     if A is None or B is None:
@@ -236,7 +237,7 @@ def _check_module(model, config, name, pieces):
         raise ValueError(f"{where}.lora_B.bias: expected shape ({module.out_features},), got {tuple(lora_bias.shape)}")
     init = config["init_lora_weights"] if config["init_lora_weights"] in CHANGE_THE_BASE else True
     wanted = dict(r=r, lora_alpha=alpha, use_rslora=bool(config.get("use_rslora")))
-    if not isinstance(module, LoraLinear):
+    if not isinstance(module, Adapter):
         return wanted | dict(lora_dropout=config["lora_dropout"], lora_bias=lora_bias is not None, init_lora_weights=init)
     if module.merged:
         raise ValueError(f"{where}: its adapter is merged; unmerge it first")

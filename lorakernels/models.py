@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 
 from . import targets
-from .modules import LoraLinear, check_arguments, why_unusable
+from .modules import Adapter, LoraLinear, check_arguments, why_unusable
+from .nf4_modules import NF4Linear, QLoraLinear, is_bnb
 
 logger = logging.getLogger("lorakernels")
 BIASES = ("none", "all", "lora_only")
@@ -34,10 +35,13 @@ def apply_lora(
     init_lora_weights=True, bias="none", exclude_modules=None, layers_to_transform=None, layers_pattern=None, rank_pattern=None,
     alpha_pattern=None, modules_to_save=None, fan_in_fan_out=False, adapter_dtype=None, quantize=None, strict=False,
 ):  # fmt: skip
-    """Replace a model's nn.Linear modules by LoraLinear, in place, and freeze everything but the adapters.
+    """Replace a model's linear modules by layers with an adapter, in place, and freeze everything but the adapters.
 
-    target_modules: a list of names or name ends, a regular expression over whole names, or "all-linear" (every nn.Linear
-    but the output head). exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern and bias
+    nn.Linear becomes LoraLinear, or, with quantize="nf4", QLoraLinear over its weight in NF4; NF4Linear and bitsandbytes'
+    Linear4bit (NF4) become QLoraLinear over the bytes that they hold.
+
+    target_modules: a list of names or name ends, a regular expression over whole names, or "all-linear" (every linear
+    module but the output head). exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern and bias
     ("none", "all", "lora_only": which biases train) mean what they mean in PEFT's LoraConfig.
 
     Returns a Report of what was replaced and what was skipped and why; logs one line, warns when nothing was replaced, and
@@ -50,8 +54,10 @@ def apply_lora(
         raise ValueError(f"modules_to_save: not supported, got {modules_to_save!r}; train those modules beside the adapter with requires_grad_()")
     if fan_in_fan_out:
         raise ValueError("fan_in_fan_out: weights stored as (in, out), as in GPT-2's Conv1D, are not supported")
-    if quantize is not None:
-        raise ValueError(f"quantize: expected None (NF4 bases are not supported yet), got {quantize!r}")
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize: expected None or 'nf4', got {quantize!r}")
+    if quantize and init_lora_weights in ("pissa", "olora"):
+        raise ValueError(f"init_lora_weights: {init_lora_weights!r} moves weight out of W, which in NF4 stays as it is")
     if bias not in BIASES:
         raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {bias!r}")
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
@@ -72,14 +78,14 @@ def apply_lora(
             plan[name] = own | common
     if strict and (report.skipped or not plan):
         raise RuntimeError(f"apply_lora(strict=True): {report if report else 'no module was replaced'}")
-    put_adapters(model, plan)
+    put_adapters(model, plan, quantize)
     train_biases(model, bias)
     _say(report)
     return report
 
 
-def put_adapters(model, plan):
-    """Replace the nn.Linear at each name of `plan` by a LoraLinear with those arguments, and freeze all but the adapters.
+def put_adapters(model, plan, quantize=None):
+    """Replace the module at each name of `plan` by a layer with those arguments, and freeze all but the adapters.
 
     Every layer is built before the first is put in place; after an error the model is as it was. A module that stands in
     several places becomes one layer, with the arguments of its first name.
@@ -90,7 +96,7 @@ def put_adapters(model, plan):
         for name, arguments in plan.items():
             linear = model.get_submodule(name)
             if id(linear) not in layers:
-                layers[id(linear)] = LoraLinear.from_linear(linear, **arguments)
+                layers[id(linear)] = adapted(linear, quantize, **arguments)
     except BaseException:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
@@ -100,9 +106,32 @@ def put_adapters(model, plan):
         for parameter, _ in trained:
             if id(parameter) not in adapters:
                 parameter.requires_grad_(False)
+    taken = any(is_bnb(model.get_submodule(name)) for name in plan)
     for name in plan:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(model.get_submodule(name))])
+    if taken:
+        _forget_quantiser(model)
+
+
+def adapted(linear, quantize=None, **arguments):
+    """The layer with an adapter that takes a module's place."""
+    if is_bnb(linear):
+        return QLoraLinear.from_bnb(linear, **arguments)
+    if type(linear) is NF4Linear:
+        return QLoraLinear._over(linear, linear.weight, **arguments)
+    return (QLoraLinear if quantize else LoraLinear).from_linear(linear, **arguments)
+
+
+def _forget_quantiser(model):
+    """Clear the marks of transformers' quantiser: its Trainer refuses a quantised model that it does not know to have adapters."""
+    for module in model.modules():
+        for flag in ("is_loaded_in_4bit", "is_quantized"):
+            if getattr(module, flag, False):
+                setattr(module, flag, False)
+        for name in ("quantization_method", "hf_quantizer"):
+            if name in vars(module):
+                delattr(module, name)
 
 
 def check_model(model):
@@ -128,7 +157,7 @@ def check_pattern_values(argument, patterns):
 def _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern):
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear) and name and module is not head]
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, NF4Linear)) and name and module is not head]
         target_modules = names or [""]
     names = targets.check_names("target_modules", target_modules, none_allowed=False)
     exclude = targets.check_names("exclude_modules", exclude_modules)
@@ -141,16 +170,18 @@ def _targets(model, target_modules, exclude_modules, layers_to_transform, layers
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     unknown = [n for n in ([names] if isinstance(names, str) else names) if n and not any(targets.matches(n if n is names else [n], key) for key in every)]
     if unknown:
-        known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))})
         raise ValueError(f"target_modules: no module is named {', '.join(map(repr, unknown))}; the model's linear layers end in {', '.join(known) or 'nothing'}")
     return targets.Targets(names, exclude, layers, layers_pattern)
 
 
 def why_skipped(model, name):
-    """None where a LoraLinear can take the place of the module of that name, else the reason."""
+    """None where a layer with an adapter can take the place of the module of that name, else the reason."""
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, LoraLinear):
+    if isinstance(module, Adapter):
         return "it has an adapter already"
+    if type(module) is NF4Linear or is_bnb(module):
+        return None
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__} is not an nn.Linear"
     if type(module) is not nn.Linear:
@@ -183,16 +214,16 @@ def _say(report):
 
 
 def lora_layers(model, remove_duplicate=True):
-    """[(name, LoraLinear)] of a model."""
+    """[(name, layer)] of a model's layers with an adapter."""
     check_model(model)
-    return [(name, m) for name, m in model.named_modules(remove_duplicate=remove_duplicate) if isinstance(m, LoraLinear)]
+    return [(name, m) for name, m in model.named_modules(remove_duplicate=remove_duplicate) if isinstance(m, Adapter)]
 
 
 def some_lora_layers(model):
     """The same, or ValueError where there is none."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("model: it has no LoraLinear; apply_lora() or load_adapter() first")
+        raise ValueError("model: it has no layer with an adapter; apply_lora() or load_adapter() first")
     return layers
 
 
@@ -214,8 +245,13 @@ def disable_adapters(model):
 
 
 def merge_adapters(model, keep_base=False):
-    """Fold every adapter into its weight (LoraLinear.merge). Returns how many. Merged layers are left as they are."""
+    """Fold every adapter into its weight (LoraLinear.merge). Returns how many. Merged layers are left as they are.
+
+    Raises RuntimeError, before any is merged, where one is over NF4."""
     layers = [layer for _, layer in some_lora_layers(model) if not layer.merged]
+    for layer in layers:
+        if isinstance(layer, QLoraLinear):
+            layer.merge()  # raises, with the reason
     for layer in layers:
         layer.merge(keep_base=keep_base)
     return len(layers)

@@ -12,7 +12,50 @@ from . import functional
 INITS = (True, False, "gaussian", "pissa", "olora")
 
 
-class LoraLinear(nn.Linear):
+class Adapter:
+    """What layers with one adapter share, whatever holds their base: parameters lora_A (R, K), lora_B (N, R), lora_bias (N,)."""
+
+    def _put_adapter(self, base_dtype, device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype):
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if base_dtype.itemsize == 2 else base_dtype
+        elif adapter_dtype not in (base_dtype, torch.float32):
+            raise TypeError(f"adapter_dtype: expected {base_dtype} (the base's) or torch.float32, got {adapter_dtype}")
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
+        self.use_rslora, self.init_lora_weights = bool(use_rslora), init_lora_weights
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        factory = {"device": device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.register_parameter("lora_bias", nn.Parameter(torch.empty(self.out_features, **factory)) if lora_bias else None)
+        self.adapter_enabled = True
+        self.merged = False
+
+    def adapter_parameters(self):
+        """lora_A, lora_B and, where there is one, lora_bias."""
+        return [p for p in (self.lora_A, self.lora_B, self.lora_bias) if p is not None]
+
+    @torch.no_grad()
+    def _draw_adapter(self):
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+            nn.init.zeros_(self.lora_B)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if self.init_lora_weights:
+                nn.init.zeros_(self.lora_B)
+            else:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def _describe_adapter(self):
+        text = f", r={self.r}, lora_alpha={self.lora_alpha}"
+        text += f", lora_dropout={self.lora_dropout}" if self.lora_dropout else ""
+        text += ", use_rslora=True" if self.use_rslora else ""
+        return text + (", lora_bias=True" if self.lora_bias is not None else "")
+
+
+class LoraLinear(Adapter, nn.Linear):
     """nn.Linear with a low-rank adapter: y = x W^T + bias + scaling * (drop(x) A^T B^T + lora_bias)
 
     weight (N, K), bias (N,), lora_A (R, K), lora_B (N, R), lora_bias (N,) are the layer's own parameters; weight and bias
@@ -37,19 +80,7 @@ class LoraLinear(nn.Linear):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         super().__init__(in_features, out_features, bias, device, dtype)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
-        elif adapter_dtype not in (self.weight.dtype, torch.float32):
-            raise TypeError(f"adapter_dtype: expected {self.weight.dtype} (the base's) or torch.float32, got {adapter_dtype}")
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
-        self.use_rslora, self.init_lora_weights = bool(use_rslora), init_lora_weights
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        factory = {"device": self.weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **factory))
-        self.register_parameter("lora_bias", nn.Parameter(torch.empty(out_features, **factory)) if lora_bias else None)
-        self.adapter_enabled = True
-        self.merged = False
+        self._put_adapter(self.weight.dtype, self.weight.device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype)
         self.freeze_base()
         if not self.weight.is_meta:
             self.reset_adapter()
@@ -76,12 +107,7 @@ class LoraLinear(nn.Linear):
             parameter = getattr(layer, name)
             if parameter is not None:
                 setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=weight.device)))
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(layer, hooks).update(getattr(linear, hooks))
-        layer._is_full_backward_hook = linear._is_full_backward_hook
-        layer._forward_hooks_with_kwargs.update(linear._forward_hooks_with_kwargs)
-        layer._forward_hooks_always_called.update(linear._forward_hooks_always_called)
-        layer._forward_pre_hooks_with_kwargs.update(linear._forward_pre_hooks_with_kwargs)
+        take_hooks(layer, linear)
         layer.reset_adapter()
         layer.freeze_base()
         return layer.train(linear.training)
@@ -91,10 +117,6 @@ class LoraLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-
-    def adapter_parameters(self):
-        """lora_A, lora_B and, where there is one, lora_bias."""
-        return [p for p in (self.lora_A, self.lora_B, self.lora_bias) if p is not None]
 
     def reset_parameters(self):
         """Draw weight, bias and adapter anew."""
@@ -106,20 +128,12 @@ class LoraLinear(nn.Linear):
     def reset_adapter(self):
         """Start the adapter anew, as init_lora_weights says. "pissa" and "olora" replace weight by what they leave of it."""
         self._refuse_while_merged("reset_adapter")
-        init = self.init_lora_weights
-        if init in ("pissa", "olora"):
-            self._take_from_weight(init)
-        elif init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-            nn.init.zeros_(self.lora_B)
+        if self.init_lora_weights in ("pissa", "olora"):
+            self._take_from_weight(self.init_lora_weights)
+            if self.lora_bias is not None:
+                nn.init.zeros_(self.lora_bias)
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if init:
-                nn.init.zeros_(self.lora_B)
-            else:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        if self.lora_bias is not None:
-            nn.init.zeros_(self.lora_bias)
+            self._draw_adapter()
 
     def _take_from_weight(self, init):
         if self.weight.is_meta:
@@ -233,15 +247,21 @@ class LoraLinear(nn.Linear):
         if self.merged:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
             return
-        _take_peft_names(state_dict, prefix, errors)
+        take_peft_names(state_dict, prefix, errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self):
-        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
-        text += f", lora_dropout={self.lora_dropout}" if self.lora_dropout else ""
-        text += ", use_rslora=True" if self.use_rslora else ""
-        text += ", lora_bias=True" if self.lora_bias is not None else ""
-        return text + (", merged" if self.merged else "")
+        return super().extra_repr() + self._describe_adapter() + (", merged" if self.merged else "")
+
+
+def take_hooks(layer, linear):
+    """Let a layer that takes a module's place run its hooks."""
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(layer, hooks).update(getattr(linear, hooks))
+    layer._is_full_backward_hook = linear._is_full_backward_hook
+    layer._forward_hooks_with_kwargs.update(linear._forward_hooks_with_kwargs)
+    layer._forward_hooks_always_called.update(linear._forward_hooks_always_called)
+    layer._forward_pre_hooks_with_kwargs.update(linear._forward_pre_hooks_with_kwargs)
 
 
 def why_unusable(linear):
@@ -275,7 +295,7 @@ def check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights):
         raise ValueError(f"init_lora_weights: expected one of {', '.join(map(repr, INITS))}, got {init_lora_weights!r}")
 
 
-def _take_peft_names(state_dict, prefix, errors):
+def take_peft_names(state_dict, prefix, errors):
     """Rename PEFT's in-memory names (lora_A.weight, lora_A.<adapter>.weight, base_layer.weight) to the layer's own."""
     pattern = re.compile(re.escape(prefix) + r"(?:(lora_[AB])(?:\.[^.]+)?\.(weight|bias)|base_layer\.(weight|bias))")
     for key in list(state_dict):

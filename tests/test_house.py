@@ -19,9 +19,9 @@ ROOT = PACKAGE.parent
 
 # models -> modules -> functional -> ops -> backends -> kernels; a file may import from lower ranks only
 RANK = {
-    "__main__": 9, "__init__": 8, "explain": 7, "checkpoint": 7, "models": 6, "modules": 5, "functional": 4, "ops": 3,
+    "__main__": 9, "__init__": 8, "explain": 7, "checkpoint": 7, "models": 6, "nf4_modules": 5.5, "modules": 5, "functional": 4, "ops": 3,
     "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.5, "backends.triton": 1.5, "backends.native": 1.2, "backends.reference": 1.2,
-    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1, "flops": 0, "dropout": 0, "targets": 0,
+    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1, "flops": 0, "nf4": 0, "dropout": 0, "targets": 0,
 }  # fmt: skip
 
 
