@@ -16,10 +16,11 @@ namespace lk {
       0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
 
 // A value takes the code above boundary i where it is greater: (code i + code i + 1) / 2 in float32. A tie takes the lower.
+// Written as float32 values: the sums' own decimals can lie exactly between two, where a literal rounds otherwise than a sum.
 #define LK_NF4_BOUNDARIES                                                                                                \
-  -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,        \
-      -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,     \
-      0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f
+  -0.8480963706970215f, -0.6106328964233398f, -0.4599952697753906f, -0.33967941999435425f, -0.23460739850997925f,        \
+      -0.13791173696517944f, -0.045525018125772476f, 0.03979014977812767f, 0.120255246758461f, 0.2035212516784668f,      \
+      0.2920137643814087f, 0.3893125355243683f, 0.5016634464263916f, 0.6427869200706482f, 0.8614784479141235f
 
 // The smallest scale that a block is divided by: below it 1 / scale would be infinite.
 constexpr float NF4_TINY = 1e-38f;

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 import triton.language as tl
 
-from lorakernels.backends.triton import kernels, language, matmul, mode, terms, tiles
+from lorakernels.backends.triton import kernels, language, matmul, mode, nf4, terms, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -42,10 +42,11 @@ class Job:
     """A kernel with all that it is compiled for, in the types that its launcher would pass on ordinary tensors: row strides
     and sizes are multiples of 16, the last dimension is contiguous."""
 
-    def __init__(self, kernel, base, adapter, tile, pointers, constants, ones=(), targets=TARGETS, common=True):
+    def __init__(self, kernel, base, adapter, tile, pointers, constants, ones=(), targets=TARGETS, common=True, fused=True):
         self.kernel, self.half, self.targets = kernel, base != torch.float32, targets
         values = tile._asdict()
         self.options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+        self.options |= {} if fused else {"enable_fp_fusion": False}
         self.constants = constants | values | dict.fromkeys(ones, 1)
         self.signature, self.attrs = {}, {}
         for i, name in enumerate(kernel.arg_names):
@@ -57,7 +58,7 @@ class Job:
                 self.attrs[(i,)] = [["tt.divisibility", 16]]
         made = " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in {**self.constants, **self.options}.items() if not name.startswith("stride"))
         self.name = f"{kernel.__name__} {DTYPES[base][1]}+{DTYPES[adapter][1]} {made}"
-        self.quick = common and (base, adapter) in (MIXES[0], MIXES[1])
+        self.quick = common and (base == adapter or (base, adapter) == MIXES[1]) and (base != torch.float16) and ((base, adapter) != MIXES[2] or not fused)
 
 
 def jobs():
@@ -103,6 +104,16 @@ def jobs():
         yield Job(kernels.sum_parts, torch.float32, dtype, tiles.sum_parts(), {"A_parts": "*fp32", "B_parts": "*fp32", "dA": f"*{DTYPES[dtype][1]}", "dB": f"*{DTYPES[dtype][1]}"}, {})
 
 
+    for dtype in DTYPES:
+        (_, x), common = DTYPES[dtype], dtype == torch.bfloat16
+        for nested in (True, False):
+            pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "nested": "*fp32", "out": f"*{x}"}
+            yield Job(nf4.dequantize_nf4, dtype, dtype, tiles.dequantize_nf4(), pointers, {"NESTED": nested}, common=common, fused=False)
+        for blocksize, tile in tiles.every_quantize_nf4():
+            yield Job(nf4.quantize_nf4, dtype, dtype, tile, {"weight": f"*{x}", "packed": "*u8", "absmax": "*fp32"}, {"BLOCKSIZE": blocksize},
+                      common=common and blocksize in (64, 4096), fused=False)  # fmt: skip
+
+
 def measure(compiled, target):
     """{"registers", "spills", "shared", "matrix", "wide"} of compiled code."""
     shared = compiled.metadata.shared
@@ -126,7 +137,7 @@ def measure(compiled, target):
 
 
 def source_hash():
-    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul)) + Path(__file__).read_text() + triton.__version__
+    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul, nf4)) + Path(__file__).read_text() + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

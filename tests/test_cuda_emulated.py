@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import oracle
@@ -14,8 +15,8 @@ import torch
 from numerics import check
 from oracle import make_case
 
-from lorakernels import backends, dropout, ops
-from lorakernels.backends import cuda
+from lorakernels import backends, dropout, functional, nf4, ops
+from lorakernels.backends import cuda, native, reference
 from lorakernels.backends.native import add_lowrank_arguments
 from lorakernels.functional import lora_linear
 
@@ -180,6 +181,42 @@ def hold_many_rows():
 def test_more_rows_than_programs_share_the_parts(on_emulation):
     hold_many_rows()
     hold_layer(layer_case(256 * 64 + 70, 8, 8, 2, BF16, F32))
+
+
+def hold_nf4(N, K, dtype, blocksize, nested):
+    """Bytes and values are the reference's; a window, its surroundings untouched; a whole layer forward and backward."""
+    dense = torch.randn(N, K).to(dtype)
+    weight = functional.quantize_nf4(dense, blocksize, nested)
+    packed, absmax = reference.quantize_nf4(dense, blocksize)
+    assert torch.equal(weight.packed, packed) and (nested or torch.equal(weight.absmax, nf4.bytes_of(absmax)))
+    pieces = (*weight[:3], *weight.format)
+    for n0, k0, rows, columns in ((0, 0, N, K), (N // 3, K // 3, N - N // 3, K - K // 3), (0, K // 8 // 2 * 8, N, K - K // 8 // 2 * 8)):
+        frame = torch.full((rows + 2, columns + 48), 7.0).to(dtype)
+        out = frame[1 : rows + 1, 16 : 16 + columns]
+        cuda.launch("dequantize_nf4", dense, (native.nf4_weight(*pieces), n0, k0, rows, columns, native.matrix(out)))
+        assert torch.equal(out, reference.dequantize_nf4(*pieces, n0, k0, rows, columns, dtype))
+        out.fill_(7.0)
+        assert (frame == 7.0).all(), "wrote outside its window"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("N, K, blocksize", [(1, 1, 32), (3, 7, 64), (5, 96, 64), (4, 128, 32), (2, 2100, 4096), (3, 1040, 1024)])
+def test_nf4(on_emulation, N, K, dtype, blocksize):
+    for nested in (True, False):
+        hold_nf4(N, K, dtype, blocksize, nested)
+
+
+@pytest.mark.parametrize("base", [F32, BF16])
+def test_nf4_layer(on_emulation, base, monkeypatch):
+    monkeypatch.setattr(cuda, "SLAB", 1)  # 64 columns at a time
+    case = make_case(9, 136, 200, 3, base, F32, bias=True)
+    weight = functional.quantize_nf4(case.W)
+    leaves = {name: t.clone().requires_grad_() for name, t in case.tensors().items() if name != "W"}
+    y = lora_linear(leaves["x"], weight, leaves["A"], leaves["B"], case.scaling, leaves["bias"])
+    y.backward(case.dy)
+    exact, eager = oracle.in_float64(replace(case, W=weight.dequantize(F32))), oracle.peft_eager(replace(case, W=weight.dequantize(base)))
+    for name, out in ({"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}).items():
+        check(f"NF4 emulated {name}", out, exact[name], eager[name], base=base, K=200)
 
 
 @pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (F16, F16)])

@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(const DequantizeNF4
     if (wide) {  // eight codes in whole bytes of one block
       const uint32_t four = *reinterpret_cast<const uint32_t*>(p.w.packed + (element >> 1));
       const float scale = scale_of(p.w, element >> p.w.block_shift);
-      Pack8<T> values;
+      float values[RUN];
 #pragma unroll
-      for (int j = 0; j < RUN; ++j) values.at[j] = E::put(__fmul_rn(codes[four >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15], scale));
-      *reinterpret_cast<Pack8<T>*>(out) = values;
+      for (int j = 0; j < RUN; ++j) values[j] = __fmul_rn(codes[four >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15], scale);
+      store8(out, values);
     } else {
       for (int j = 0; j < RUN && column + j < p.columns; ++j) {
         const int64_t e = element + j;

@@ -34,6 +34,7 @@
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
+template <class T> void __stwb(T* to, T value) { *to = value; }
 
 extern char __start_lk_shared[] __attribute__((weak)), __stop_lk_shared[] __attribute__((weak));
 

@@ -56,6 +56,7 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
 
 # -- NF4 -----------------------------------------------------------------------------------------------------------------------
 
+SLAB = 4 << 20  # bytes of W that are dense at a time: within the last cache
 FEW = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}  # rows up to which the packed weight is multiplied as it is
 
 
@@ -92,7 +93,7 @@ def nf4_linear_lowrank(
         module().nf4_linear(weight, x.shape[0], native.matrix(x), native.vector(bias), native.matrix(y))
     else:
         decode = lambda n0, k0, out: module().dequantize_nf4(weight, n0, k0, *out.shape, native.matrix(out))  # noqa: E731
-        y = nf4_product(x, (N, K), turned, bias, decode, dtype=multiplied_in(x.dtype))
+        y = nf4_product(x, (N, K), turned, bias, decode, SLAB, multiplied_in(x.dtype))
     if u is not None:
         module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
     return y

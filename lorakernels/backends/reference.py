@@ -109,10 +109,10 @@ def quantize_nf4(weight, blocksize):
 SLAB = 4 << 20  # bytes of W that are dense at a time: within a CPU's last cache
 
 
-def nf4_product(x, sizes, turned, bias, decode, slab=SLAB, dtype=None):
+def nf4_product(x, sizes, turned, bias, decode, slab, dtype=None):
     """x W^T + bias, or x W where turned, of a packed W (N,K) = sizes, slab by slab: each element of y is of one product.
 
-    decode(n0, k0, out) writes W[n0 : ..., k0 : ...] to out. dtype: what is multiplied in, x's own by default; y has x's.
+    decode(n0, k0, out) writes W[n0 : ..., k0 : ...] to out. slab: bytes of W that are dense at a time. dtype: what is multiplied in, x's own by default; y has x's.
     """
     (N, K), dtype = sizes, dtype or x.dtype
     wide, deep = (K, N) if turned else (N, K)
@@ -138,5 +138,5 @@ def nf4_linear_lowrank(
 ):  # fmt: skip
     """linear_lowrank with W, or where turned W^T, in NF4: slabs of it dense in x's dtype, a torch product each, then the sum."""
     weight = (packed, absmax, nested, N, K, blocksize, nested_blocksize)
-    y = nf4_product(x, (N, K), turned, bias, lambda n0, k0, out: out.copy_(dequantize_nf4(*weight, n0, k0, *out.shape, out.dtype)))
+    y = nf4_product(x, (N, K), turned, bias, lambda n0, k0, out: out.copy_(dequantize_nf4(*weight, n0, k0, *out.shape, out.dtype)), SLAB)
     return y if u is None else _add(y, u, v, scaling, lowrank_bias, seed, dropout_p)
