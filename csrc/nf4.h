@@ -42,7 +42,7 @@ struct DequantizeNF4 {
   Matrix out;  // col_stride 1
 };
 
-// packed and float32 absmax of a weight of `count` elements
+// packed and float32 absmax of a weight of `count` elements; the absmax of a block that is not finite is infinite
 struct QuantizeNF4 {
   const void* weight;  // contiguous
   DType dtype;

@@ -86,11 +86,10 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
         absmax = weight.new_empty(blocks if double_quant else 4 * blocks, dtype=torch.uint8)
         nested = weight.new_empty(4 * (257 + -(-blocks // nf4.NESTED_BLOCKSIZE)), dtype=torch.uint8) if double_quant else None
         return NF4Tensor(weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8), absmax, nested, weight.new_empty(0, dtype=torch.uint8), format, dtype)
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        n, k = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"weight: not finite at [{n}, {k}]: {weight[n, k].item()}")
     packed, absmax = ops.quantize_nf4(weight, blocksize)
+    if not bool(torch.isfinite(absmax).all()):  # a block's absmax tells of all that are in it
+        n, k = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        raise ValueError(f"weight: not finite at [{n}, {k}]: {weight[n, k].item()}")
     absmax, nested = nf4.double_quantize(absmax) if double_quant else (nf4.bytes_of(absmax), None)
     return NF4Tensor(packed, absmax, nested, nf4.make_quant_state(format, dtype, nested).to(weight.device), format, dtype)
 

@@ -132,11 +132,13 @@ def test_double_quantisation_is_close_and_deterministic():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_with_their_position(value):
-    dense = torch.randn(4, 8)
-    dense[2, 5] = value
-    with pytest.raises(ValueError, match=r"weight: not finite at \[2, 5\]"):
-        quantize_nf4(dense)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_weights_that_are_not_finite_are_refused_with_their_position(backend, device, value, dtype):
+    for n, k in ((0, 0), (2, 5), (3, 96), (1, 63)):
+        dense = torch.randn(4, 97, device=device).to(dtype)
+        dense[n, k] = value
+        with pytest.raises(ValueError, match=rf"weight: not finite at \[{n}, {k}\]"):
+            quantize_nf4(dense)
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,16 @@ def test_shapes_and_dtypes(backend, device, base, adapter, N, K):
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
-@pytest.mark.parametrize("M", [0, 1, 3, 4, 5, 7, 8, 9, 16, 33, 600])
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 15, 16, 17, 33, 600])
 def test_rows_across_every_switch_of_kernel(backend, device, base, M):
-    hold(make_case(M, 96, 80, 4, base, F32, device=device, bias=True))
+    size = (96, 80) if M < 600 else (33, 24)  # the interpreter runs every program
+    hold(make_case(M, *size, 4, base, F32, device=device, bias=True))
 
 
 def test_every_switch_is_among_those_rows():
     from lorakernels.backends import cpu
 
-    assert set(cpu.FEW.values()) == {8}
+    assert cpu.FEW == 16
 
 
 @pytest.mark.parametrize("base", [F32, BF16])

@@ -27,32 +27,50 @@ static void dequantize_rows(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// How many boundaries lie below each of VL values: the code.
-LK_INLINE int code_for(float value) {
-  int code = 0;
-  for (int i = 0; i < 15; ++i) code += value > BOUNDARIES[i];
-  return code;
-}
+// The code of a value is how many boundaries lie below it, found by halving: at each of four steps a code's leading bits name
+// the boundary that decides the next.
+alignas(64) constexpr float HALVES[4][16] = {
+    {BOUNDARIES[7]},
+    {BOUNDARIES[3], BOUNDARIES[11]},
+    {BOUNDARIES[1], BOUNDARIES[5], BOUNDARIES[9], BOUNDARIES[13]},
+    {BOUNDARIES[0], BOUNDARIES[2], BOUNDARIES[4], BOUNDARIES[6], BOUNDARIES[8], BOUNDARIES[10], BOUNDARIES[12], BOUNDARIES[14]}};
 
+// VL values -> VL / 2 bytes; the even element of a pair in the high half
 #if defined(LK_ISA_AVX512)
-LK_INLINE void codes_for(Vec value, int32_t* out) {
+LK_INLINE void encode(Vec value, uint8_t* out) {
+  const __m512i one = _mm512_set1_epi32(1);
   __m512i code = _mm512_setzero_si512();
-  for (int i = 0; i < 15; ++i)
-    code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(value, broadcast(BOUNDARIES[i]), _CMP_GT_OQ), code, _mm512_set1_epi32(1));
-  _mm512_storeu_si512(out, code);
+  for (int step = 0; step < 4; ++step) {
+    const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, _mm512_load_ps(HALVES[step])), _CMP_GT_OQ);
+    code = _mm512_add_epi32(code, code);
+    code = _mm512_mask_add_epi32(code, above, code, one);
+  }
+  const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm512_cvtepi64_epi8(pairs));
 }
 LK_INLINE Vec larger_magnitude(Vec a, Vec b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
 #elif defined(LK_ISA_AVX2)
-LK_INLINE void codes_for(Vec value, int32_t* out) {
+LK_INLINE void encode(Vec value, uint8_t* out) {
   __m256i code = _mm256_setzero_si256();
-  for (int i = 0; i < 15; ++i)  // a comparison that holds is -1
-    code = _mm256_sub_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(value, broadcast(BOUNDARIES[i]), _CMP_GT_OQ)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), code);
+  for (int step = 0; step < 4; ++step) {
+    const __m256 boundary = _mm256_permutevar8x32_ps(_mm256_load_ps(HALVES[step]), code);
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(value, boundary, _CMP_GT_OQ));  // -1 where it is
+    code = _mm256_sub_epi32(_mm256_add_epi32(code, code), above);
+  }
+  const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(code, 4), _mm256_srli_epi64(code, 32));
+  const __m256i spread = _mm256_shuffle_epi8(pairs, _mm256_set1_epi32(0x80800800));  // bytes 0 and 8 of each half
+  const uint32_t four = static_cast<uint32_t>(_mm256_extract_epi16(spread, 0)) | static_cast<uint32_t>(_mm256_extract_epi16(spread, 8)) << 16;
+  memcpy(out, &four, 4);
 }
 LK_INLINE Vec larger_magnitude(Vec a, Vec b) { return _mm256_max_ps(a, _mm256_andnot_ps(broadcast(-0.0f), b)); }
 #else
-LK_INLINE void codes_for(Vec value, int32_t* out) {
-  for (int i = 0; i < VL; ++i) out[i] = code_for(value.lane[i]);
+LK_INLINE void encode(Vec value, uint8_t* out) {
+  int code[VL];
+  for (int i = 0; i < VL; ++i) {
+    code[i] = 0;
+    for (int step = 0; step < 4; ++step) code[i] = 2 * code[i] + (value.lane[i] > HALVES[step][code[i]]);
+  }
+  for (int i = 0; i < VL; i += 2) out[i / 2] = static_cast<uint8_t>(code[i] << 4 | code[i + 1]);
 }
 LK_INLINE Vec larger_magnitude(Vec a, Vec b) {
   for (int i = 0; i < VL; ++i) {
@@ -72,19 +90,26 @@ static void quantize_blocks(int64_t begin, int64_t end, void* context) {
     const int64_t first = block * blocksize, count = smaller(blocksize, p.count - first), padded = round_up(count, VL);
     load_row_any(weight, 0, first, count, values);
     for (int64_t i = count; i < padded; ++i) values[i] = 0.0f;
-    Vec most = zero();
-    for (int64_t i = 0; i < padded; i += VL) most = larger_magnitude(most, load(values + i));
-    float lanes[VL], absmax = 0.0f;
+    Vec most = zero(), bad = zero();
+    for (int64_t i = 0; i < padded; i += VL) {
+      most = larger_magnitude(most, load(values + i));
+      bad = fma(load(values + i), zero(), bad);  // NaN where a value is not finite
+    }
+    float lanes[VL], zeros[VL], absmax = 0.0f;
     store(lanes, most);
+    store(zeros, bad);
     for (int i = 0; i < VL; ++i) absmax = lanes[i] > absmax ? lanes[i] : absmax;
+    for (int i = 0; i < VL; ++i) absmax = zeros[i] == 0.0f ? absmax : bits_to_float(0x7f800000u);
     p.absmax[block] = absmax;
     const Vec inverse = broadcast(1.0f / (absmax > NF4_TINY ? absmax : NF4_TINY));
     uint8_t* packed = p.packed + (first >> 1);
+    uint8_t last[VL / 2];
     for (int64_t i = 0; i < padded; i += VL) {
-      int32_t code[VL];
-      codes_for(mul(load(values + i), inverse), code);
-      for (int j = 0; j < VL && i + j < count; j += 2)
-        packed[(i + j) >> 1] = static_cast<uint8_t>(code[j] << 4 | (i + j + 1 < count ? code[j + 1] : 0));
+      const bool whole = i + VL <= count;
+      encode(mul(load(values + i), inverse), whole ? packed + (i >> 1) : last);
+      if (whole) continue;
+      memcpy(packed + (i >> 1), last, (count - i + 1) / 2);
+      if (count & 1) packed[count >> 1] &= 0xf0;  // the half byte behind the last element
     }
   }
 }
@@ -99,7 +124,7 @@ void dequantize_nf4(const DequantizeNF4& p) {
 
 void quantize_nf4(const QuantizeNF4& p) {
   const int64_t blocksize = int64_t{1} << p.block_shift;
-  parallel_for(ceil_div(p.count, blocksize), p.count * 16, quantize_blocks, const_cast<QuantizeNF4*>(&p));
+  parallel_for(ceil_div(p.count, blocksize), p.count * 8, quantize_blocks, const_cast<QuantizeNF4*>(&p));
 }
 
 }  // namespace LK_ISA_NAME

@@ -79,11 +79,14 @@ static void tasks(int64_t begin, int64_t end, void* context) {
       float out[GROUP][COLUMNS];
       for (int64_t c = 0; c < columns; ++c) {
         float sums[GROUP];
-        int64_t r = 0;
-        if (rows == GROUP) dot<GROUP>(call, decoder, n0 + c, m, sums), r = GROUP;
-        for (; r < rows; ++r) dot<1>(call, decoder, n0 + c, m + r, sums + r);
+        switch (rows) {
+          case 1: dot<1>(call, decoder, n0 + c, m, sums); break;
+          case 2: dot<2>(call, decoder, n0 + c, m, sums); break;
+          case 3: dot<3>(call, decoder, n0 + c, m, sums); break;
+          default: dot<GROUP>(call, decoder, n0 + c, m, sums);
+        }
         const float bias = p.bias.data ? load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
-        for (r = 0; r < rows; ++r) out[r][c] = sums[r] + bias;
+        for (int64_t r = 0; r < rows; ++r) out[r][c] = sums[r] + bias;
       }
       for (int64_t r = 0; r < rows; ++r) store_row_any(p.y, m + r, n0, columns, out[r], 1.0f);
     }

@@ -70,10 +70,14 @@ __global__ void __launch_bounds__(256) quantize_kernel(const QuantizeNF4 p, int 
   const int64_t end = first + blocksize < p.count ? first + blocksize : p.count;
   const T* weight = static_cast<const T*>(p.weight);
   float absmax = 0.0f;
+  const auto meet = [&](float value) {  // what is not finite, NaN too, makes absmax infinite
+    const float size = fabsf(value);
+    absmax = fmaxf(absmax, size <= 3.402823466e+38f ? size : __int_as_float(0x7f800000));
+  };
   if (block < blocks)
     for (int64_t i = first + 2 * member; i < end; i += 2 * team) {
-      absmax = fmaxf(absmax, fabsf(E::get(weight[i])));
-      if (i + 1 < end) absmax = fmaxf(absmax, fabsf(E::get(weight[i + 1])));
+      meet(E::get(weight[i]));
+      if (i + 1 < end) meet(E::get(weight[i + 1]));
     }
   most[thread] = absmax;
   for (int half = team / 2; half; half /= 2) {

@@ -34,6 +34,11 @@
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 template <class T> void __stwb(T* to, T value) { *to = value; }
 
 extern char __start_lk_shared[] __attribute__((weak)), __stop_lk_shared[] __attribute__((weak));

@@ -60,6 +60,12 @@ def dequantize_nf4(
 
 
 @triton.jit
+def size(value):
+    """|value|; infinite where it is not finite, NaN too, which a maximum would drop."""
+    return tl.where(tl.abs(value) <= 3.402823466e38, tl.abs(value), float("inf"))
+
+
+@triton.jit
 def codes_for(value):
     """How many boundaries lie below each value."""
     code = tl.zeros(value.shape, tl.int32)
@@ -83,7 +89,7 @@ def quantize_nf4(
     element = block[:, None] * BLOCKSIZE + 2 * pair[None, :]
     even = tl.load(weight + element, mask=element < count, other=0.0).to(tl.float32)
     odd = tl.load(weight + element + 1, mask=element + 1 < count, other=0.0).to(tl.float32)
-    most = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
+    most = tl.max(tl.maximum(size(even), size(odd)), axis=1)
     inverse = tl.div_rn(1.0, tl.maximum(most, TINY))[:, None]
     low = tl.where(element + 1 < count, codes_for(odd * inverse), 0)
     byte = codes_for(even * inverse) * 16 + low
