@@ -42,9 +42,8 @@ struct Decoder {
   __m256 low = _mm256_load_ps(CODES), high = _mm256_load_ps(CODES + 8);
   __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   LK_INLINE Vec lookup(const Decoder& d, const uint8_t* bytes) {
-    int32_t four;
-    memcpy(&four, bytes, 4);
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(four), d.shifts);  // the permutes read its low three bits
+    const __m256i four = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(bytes)));
+    const __m256i index = _mm256_srlv_epi32(four, d.shifts);                     // the permutes read its low three bits
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));      // bit 3 as the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(d.low, index), _mm256_permutevar8x32_ps(d.high, index), upper);
   }
