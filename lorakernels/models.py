@@ -8,7 +8,7 @@ from torch import nn
 
 from . import targets
 from .modules import Adapter, LoraLinear, check_arguments, why_unusable
-from .nf4_modules import NF4Linear, QLoraLinear, is_bnb
+from .nf4_modules import PIECES, NF4Linear, QLoraLinear, is_bnb
 
 logger = logging.getLogger("lorakernels")
 BIASES = ("none", "all", "lora_only")
@@ -258,10 +258,14 @@ def merge_adapters(model, keep_base=False):
 
 
 def count_parameters(model):
-    """(trainable, all) parameter counts; a shared parameter counts once."""
+    """(trainable, all) parameter counts; a shared parameter counts once, a weight in NF4 as its elements."""
     check_model(model)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            sizes.update((id(getattr(layer, name)), 0) for name in PIECES)
+            sizes[id(layer.packed)] = layer.out_features * layer.in_features
+    return sum(sizes[id(p)] for p in model.parameters() if p.requires_grad), sum(sizes[id(p)] for p in model.parameters())
 
 
 def print_trainable_parameters(model):

@@ -119,6 +119,14 @@ def test_the_engines_agree(tiny, tmp_path):
     assert {what for what, _ in first["lorakernels"]["logits"]} == {"loaded into peft", "loaded back", "merged"}
 
 
+def test_over_a_base_in_4_bits(tiny, tmp_path):
+    done = subprocess.run(command(tiny, tmp_path, "--quantize", "nf4"), check=True, capture_output=True, text=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "14 QLoraLinear" in done.stdout and summary["losses"][-1] < summary["losses"][0]
+    assert summary["parameters_mib"] < summary["dense_mib"]
+    assert {what for what, _ in summary["logits"]} == {"loaded into peft", "loaded back", "merged"}
+
+
 def test_resume_without_a_checkpoint(tiny, tmp_path):
     done = subprocess.run(command(tiny, tmp_path, "--resume"), capture_output=True, text=True)
     assert done.returncode and "--resume: there is no checkpoint" in done.stderr

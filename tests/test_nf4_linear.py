@@ -394,6 +394,16 @@ def test_a_bitsandbytes_model_is_taken_over_without_bitsandbytes():
     assert all(torch.equal(a, b) for a, b in zip(model[0].weight[:4], want[0].weight[:4]))
 
 
+def test_parameters_are_counted_as_elements(capsys):
+    model, dense = small_model(), small_model()
+    lk.apply_lora(dense, r=4)
+    lk.apply_lora(model, r=4, quantize="nf4")
+    lk.print_trainable_parameters(model)
+    lk.print_trainable_parameters(dense)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1]
+
+
 def test_training_moves_the_adapter_and_nothing_else():
     model = small_model()
     lk.apply_lora(model, r=4, quantize="nf4")
