@@ -90,7 +90,8 @@ def quantize_nf4(
     even = tl.load(weight + element, mask=element < count, other=0.0).to(tl.float32)
     odd = tl.load(weight + element + 1, mask=element + 1 < count, other=0.0).to(tl.float32)
     most = tl.max(tl.maximum(size(even), size(odd)), axis=1)
-    inverse = tl.div_rn(1.0, tl.maximum(most, TINY))[:, None]
+    tiny = tl.full([BLOCKS], TINY, tl.float32)  # as a literal it is below float32's normal numbers: older Triton makes it float64
+    inverse = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(most, tiny))[:, None]
     low = tl.where(element + 1 < count, codes_for(odd * inverse), 0)
     byte = codes_for(even * inverse) * 16 + low
     tl.store(packed + element // 2, byte.to(tl.uint8), mask=element < count)
