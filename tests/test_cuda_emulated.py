@@ -257,6 +257,8 @@ def hold_everything(module, monkeypatch, order=0):
     hold(module, 63, 136, 5, BF16, F32, order=order, p=0.3)
     hold_layer(layer_case(70, 200, 140, 20, BF16, F32))
     hold_layer(layer_case(150, 130, 70, 17, F32, F32, p=0.3))
+    for arguments in ((9, 1024, BF16, 32, True), (3, 1040, F32, 1024, False), (3, 33, F16, 64, True)):
+        hold_nf4(*arguments)
 
 
 def sources():
@@ -310,6 +312,14 @@ FAULTS = [
     ("lowrank_grad.cu", "begin + slab_rows < p.M ? begin + slab_rows : p.M", "begin + slab_rows"),
     ("lowrank_grad.cu", "p.dropout.threshold ? p.dropout.scale : 1.0f}", "1.0f}"),
     ("lowrank_grad.cu", "part < s.count", "part < s.count - 1"),
+    ("nf4.cu", "(j % 2 ? 0 : 4)", "(j % 2 ? 4 : 0)"),
+    ("nf4.cu", "e & 1 ? pair & 15 : pair >> 4", "e & 1 ? pair >> 4 : pair & 15"),
+    ("nf4.cu", "257 + (block >> w.nested_shift)", "257"),
+    ("nf4.cu", "(p.n0 + row) * p.w.K", "row * p.w.K"),
+    ("nf4.cu", "j < RUN && column + j < p.columns", "j < RUN"),
+    ("nf4.cu", "b < 15; ++b", "b < 14; ++b"),
+    ("nf4.cu", "member < half)", "member < half - 1)"),
+    ("nf4.cu", "inverse) : -1.0f", "inverse) : 1.0f"),
 ]
 
 
