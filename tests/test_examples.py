@@ -128,6 +128,18 @@ def test_over_a_base_in_4_bits(tiny, tmp_path):
     assert {what for what, _ in summary["logits"]} == {"loaded into peft", "loaded back", "merged"}
 
 
+def test_generate_with_every_engine_that_is_here(tiny, tmp_path):
+    subprocess.run(command(tiny, tmp_path, "--steps", "2"), check=True, capture_output=True)
+    script = [sys.executable, str(ROOT / "examples" / "generate.py"), "--model", str(tiny[0]), "--tokens", "5"]
+    for more in ([], ["--adapter", str(tmp_path / "adapter"), "--dtype", "bfloat16"]):
+        said = subprocess.run([*script, *more], check=True, capture_output=True, text=True).stdout
+        for engine in ("lorakernels NF4", "dense"):
+            assert f"{engine}: " in said and "tokens/s" in said.partition(f"{engine}: ")[2].splitlines()[0]
+        assert "bitsandbytes NF4: " in said  # its tokens per second, or why it was left out
+    wrong = subprocess.run([*script, "--tokens", "0"], capture_output=True, text=True)
+    assert wrong.returncode and "--tokens: expected at least 1, got 0" in wrong.stderr
+
+
 def test_resume_without_a_checkpoint(tiny, tmp_path):
     done = subprocess.run(command(tiny, tmp_path, "--resume"), capture_output=True, text=True)
     assert done.returncode and "--resume: there is no checkpoint" in done.stderr
