@@ -54,6 +54,8 @@ def arguments():
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--skip-eval", action="store_true", help="train only")
     options = parser.parse_args()
+    if options.quantize and options.engine != "lorakernels":
+        parser.error("--quantize: needs --engine lorakernels")
     for name in ("steps", "batch", "r", "max_tokens", "eval_pairs", "new_tokens", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")

@@ -119,7 +119,7 @@ def adapted(linear, quantize=None, **arguments):
     if is_bnb(linear):
         return QLoraLinear.from_bnb(linear, **arguments)
     if type(linear) is NF4Linear:
-        return QLoraLinear._over(linear, linear.weight, **arguments)
+        return QLoraLinear.in_place_of(linear, linear.weight, **arguments)
     return (QLoraLinear if quantize else LoraLinear).from_linear(linear, **arguments)
 
 

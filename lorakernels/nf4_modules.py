@@ -33,7 +33,7 @@ class NF4Linear(nn.Module):
 
         Raises TypeError where `linear` is not exactly an nn.Linear with a plain weight, ValueError where its weight is not finite.
         """
-        return cls._over(linear, _quantized(linear, double_quant, blocksize))
+        return cls.in_place_of(linear, _quantized(linear, double_quant, blocksize))
 
     @classmethod
     def from_bnb(cls, linear4bit):
@@ -41,7 +41,7 @@ class NF4Linear(nn.Module):
 
         Raises TypeError where it is none, ValueError where its quant state does not fit together.
         """
-        return cls._over(linear4bit, _taken(linear4bit))
+        return cls.in_place_of(linear4bit, _taken(linear4bit))
 
     @classmethod
     def from_nf4(cls, weight, bias=None):
@@ -54,7 +54,8 @@ class NF4Linear(nn.Module):
         return layer
 
     @classmethod
-    def _over(cls, linear, weight, **adapter):
+    def in_place_of(cls, linear, weight, **adapter):
+        """A layer over an NF4Tensor (N, K) that takes the place of `linear`: its bias, hooks and mode."""
         layer = cls.from_nf4(weight, linear.bias, **adapter)
         take_hooks(layer, linear)
         return layer.train(linear.training)
@@ -81,8 +82,8 @@ class NF4Linear(nn.Module):
         return functional.nf4_linear(x, self.weight, self._bias_for(x))
 
     def _bias_for(self, x):
-        # compute runs in x's dtype, as bitsandbytes' does: the bias follows
-        return self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        # compute runs in x's dtype, as bitsandbytes' does: the bias follows; what is no tensor is the function's to refuse
+        return self.bias if self.bias is None or not isinstance(x, torch.Tensor) or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
 
     def to_linear(self, dtype=None):
         """A plain nn.Linear with the weight dequantised to dtype (what it was made from by default), frozen."""
@@ -119,7 +120,9 @@ class NF4Linear(nn.Module):
         if loaded is not None:
             absent = [name for name in absent if name.removeprefix(prefix) not in PIECES]
             if not errors:
-                self._put_weight(loaded.to(self.packed.device) if not self.packed.is_meta else loaded)
+                if not metadata.get("assign_to_params_buffers", False):
+                    loaded = loaded._replace(packed=loaded.packed.clone())  # the other pieces are made anew
+                self._put_weight(loaded if self.packed.is_meta else loaded.to(self.packed.device))
         missing += absent
 
     def extra_repr(self):
@@ -148,12 +151,12 @@ class QLoraLinear(Adapter, NF4Linear):
     @classmethod
     def from_linear(cls, linear, *, double_quant=True, blocksize=64, **adapter):
         """As NF4Linear.from_linear, with an adapter of those arguments (r, lora_alpha, ...)."""
-        return cls._over(linear, _quantized(linear, double_quant, blocksize), **adapter)
+        return cls.in_place_of(linear, _quantized(linear, double_quant, blocksize), **adapter)
 
     @classmethod
     def from_bnb(cls, linear4bit, **adapter):
         """As NF4Linear.from_bnb, with an adapter of those arguments (r, lora_alpha, ...)."""
-        return cls._over(linear4bit, _taken(linear4bit), **adapter)
+        return cls.in_place_of(linear4bit, _taken(linear4bit), **adapter)
 
     @classmethod
     def from_nf4(

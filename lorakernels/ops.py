@@ -141,7 +141,7 @@ def packed_scales(absmax, nested, format):
 
 def refuse_second_derivatives():
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else what depends on the adapter would be lost silently
-        raise RuntimeError("lora_linear: its backward cannot be differentiated itself (create_graph=True); it is written for first derivatives")
+        raise RuntimeError("the backward of lora_linear and nf4_linear cannot be differentiated itself (create_graph=True); it is written for first derivatives")
 
 
 class LoraLinear(torch.autograd.Function):

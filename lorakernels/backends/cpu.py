@@ -57,7 +57,7 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
 # -- NF4 -----------------------------------------------------------------------------------------------------------------------
 
 SLAB = 8 << 20  # bytes of W that are dense at a time: within the last cache, and columns enough that x is not read too often
-# rows up to which the packed weight is multiplied as it is (AVX2, 14336x4096: 16 rows 60 ms against 68 by slabs, 32 120 against 85)
+# rows up to which the packed weight is multiplied as it is (AVX2, one thread, 14336x4096: 16 rows 65 ms against 68 by slabs)
 FEW = 16
 
 
