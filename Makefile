@@ -1,9 +1,9 @@
-# make demo      the main job: fine-tune a small language model, on this machine
+# make demo      the main job: fine-tune a small language model, on this machine, dense and in 4 bits
 # make test      the tests; `.ci/run` calls this
 # make test-all  the full matrices, with their summary in tests/SUMMARY.txt
 #
 # Both work in their own .venv, which a second run reuses. TORCH= overrides what torch is installed
-# (TORCH="torch==2.12.1" or a wheel), PYTHON= the interpreter, OUT= the demo's folder, ARGS= adds arguments.
+# (TORCH="torch==2.12.1" or a wheel), PYTHON= the interpreter, OUT= the demo's folder, STEPS= its steps, ARGS= adds arguments.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
+STEPS ?= 28
 ARGS ?=
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(8, len(os.sched_getaffinity(0)))))" 2>/dev/null || echo 1)
 SOURCES := $(shell find csrc lorakernels -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml CMakeLists.txt
@@ -18,7 +19,9 @@ SOURCES := $(shell find csrc lorakernels -name '*.py' -o -name '*.h' -o -name '*
 .PHONY: demo test test-all clean
 
 demo: $(BIN)/.examples
-	$(BIN)/python examples/finetune.py --out $(OUT) $(ARGS)
+	$(BIN)/python examples/finetune.py --out $(OUT) --steps $(STEPS) $(ARGS)
+	@echo "== the same once more, over the base in 4 bits"
+	$(BIN)/python examples/finetune.py --out $(OUT)/nf4 --steps $(STEPS) $(ARGS) --quantize nf4 --beside $(OUT)
 
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)

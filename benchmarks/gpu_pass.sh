@@ -3,7 +3,7 @@
 #   [OUT=folder] bash benchmarks/gpu_pass.sh
 # Needs Python 3.10+, torch with CUDA, Triton, nvcc, cmake, ninja, pybind11 and pytest. Builds in place for this GPU's
 # architecture alone, runs the GPU-marked tests, and leaves at most 8 files in $OUT (default gpu_out):
-#   environment.txt  build.txt  tests.txt  tests.xml  timing.txt  status.txt
+#   environment.txt  build.txt  tests.txt  tests.xml  timing.txt  nf4.txt  status.txt
 # A step that fails does not stop the next one; status.txt has each one's exit code, and the script ends with the worst.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,5 +30,6 @@ step build build.txt env LORAKERNELS_BUILD=cuda "$PYTHON" -m pip install -v --no
 step environment environment.txt bash -c "nvidia-smi; '$PYTHON' -m lorakernels; git rev-parse HEAD"
 step tests tests.txt timeout "$TEST_SECONDS" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml"
 step timing timing.txt timeout 180 "$PYTHON" benchmarks/lora_layer.py --base bfloat16 --seconds 2
+step nf4 nf4.txt timeout 120 "$PYTHON" benchmarks/nf4_linear.py --seconds 0.1
 cat "$OUT/status.txt"
 exit "$worst"

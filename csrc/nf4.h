@@ -52,13 +52,12 @@ struct QuantizeNF4 {
   float* absmax;
 };
 
-// y (M,N) = x W^T + bias for few rows: every code is looked up once for all of them. float32 sums, rounded once.
+// y (M,N) = x W^T + bias + scaling * (u v^T + lowrank bias) for few rows: every code is looked up once for all of them.
 struct NF4Linear {
   NF4Weight w;
-  int64_t M;
-  Matrix x;     // (M,K), any strides
-  Matrix bias;  // data may be null; row_stride is unused
-  Matrix y;     // col_stride 1
+  Matrix x;             // (M,K), any strides
+  Matrix bias;          // data may be null; row_stride is unused
+  AddLowrank lowrank;   // M, y, and the low-rank term: R is 0 where there is none
 };
 
 }  // namespace lk

@@ -4,6 +4,7 @@
     python examples/finetune.py --data mine.jsonl    your own {"instruction", "input", "output"} rows
     python examples/finetune.py --quantize nf4       QLoRA: the same over the base in 4 bits
     python examples/finetune.py --engine peft        the same job on plain PEFT, for comparison
+    python examples/finetune.py ... --beside FOLDER  with an earlier run's figures in the closing table
 
 It evaluates, trains, evaluates again, saves a PEFT adapter, loads it back into this library and into PEFT, merges it,
 and compares the logits each time. Ctrl-C leaves a checkpoint; --resume goes on from it with the same losses.
@@ -27,6 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import chat
 import evaluate
 import harvest
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,6 +39,7 @@ def arguments():
     parser.add_argument("--data", help="a .jsonl file of instruction rows; default: harvested from Python's standard library")
     parser.add_argument("--engine", choices=("lorakernels", "peft"), default="lorakernels")
     parser.add_argument("--quantize", choices=("nf4",), default=None, help="hold the linear layers' weights in 4 bits (engine lorakernels)")
+    parser.add_argument("--beside", metavar="FOLDER", help="an earlier run on the same model and data: its `before` is taken over, its figures stand in the table")
     parser.add_argument("--out", default="finetune_out", help="folder for adapter, checkpoint, plot and summary")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
@@ -56,6 +59,8 @@ def arguments():
     options = parser.parse_args()
     if options.quantize and options.engine != "lorakernels":
         parser.error("--quantize: needs --engine lorakernels")
+    if options.beside and options.skip_eval:
+        parser.error("--beside: there is nothing to compare with --skip-eval")
     for name in ("steps", "batch", "r", "max_tokens", "eval_pairs", "new_tokens", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
@@ -292,6 +297,25 @@ def measure(model, tokenizer, encoded, held_out, options, when):
     }
 
 
+def asked(options):
+    """What two runs must share for their figures to stand side by side."""
+    return {name: getattr(options, name) for name in ("model", "data", "max_tokens", "eval_pairs", "new_tokens", "seed")} | {"dtype": str(options.dtype)[6:]}
+
+
+def earlier(options):
+    """The summary of the run that --beside names; ends the program where it is none of the same job."""
+    path = Path(options.beside, "summary.json")
+    try:
+        summary = json.loads(path.read_text())
+        other, mine = summary["asked"], asked(options)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"--beside: {path} is not the summary of an evaluated run ({type(error).__name__}: {error})")
+    changed = [name for name in mine if other.get(name) != mine[name]]
+    if changed or "before" not in summary:
+        sys.exit(f"--beside: {path} is of another job: {', '.join(changed) or 'it was not evaluated'}")
+    return summary
+
+
 def compare_logits(model, example, options, directory):
     """[(what, relative difference of its logits from the trained model's)]; ends the program where they are not the same
     to rounding."""
@@ -369,6 +393,33 @@ def peak_memory(options):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def kind(summary):
+    name = "LoRA" if summary["quantize"] is None else "QLoRA"
+    return name if summary["engine"] == "lorakernels" else f"{name}, {summary['engine']}"
+
+
+def show_both(first, second):
+    """Two runs of one job beside each other; `before` is the dense model's, the same for both."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{second['model']}: {kind(first)} and {kind(second)}, the same data in the same order", title_justify="left")
+    for column in ("", "before", kind(first), kind(second)):
+        table.add_column(column, justify="left" if not column else "right")
+    both = (first, second)
+    for title, key, digits in (("ROUGE-L", "rouge", 4), ("BLEU", "bleu", 2), ("answer perplexity", "perplexity", 2), ("general-text perplexity", "general", 2)):
+        table.add_row(title, f"{first['before'][key]:.{digits}f}", *(f"{run['after'][key]:.{digits}f}" for run in both))
+        if key == "rouge":
+            gains = (run["after"]["rouge"] - run["before"]["rouge"] for run in both)
+            table.add_row("  gain, its 95 % interval", "", *(f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]" for gain, (low, high) in zip(gains, (run["rouge_gain_interval"] for run in both))))
+    table.add_section()
+    table.add_row("parameters in memory", f"{first['dense_mib']:.0f} MiB", *(f"{run['parameters_mib']:.0f} MiB" for run in both))
+    table.add_row("peak memory, whole process", "", *(f"{run['peak_memory_mib']:.0f} MiB" for run in both))
+    table.add_row("training", "", *(f"{run['train_seconds']:.0f} s, {run['tokens_per_second']:.0f} tokens/s" for run in both))
+    table.add_row("steps", "", *(str(run["steps"]) for run in both))
+    Console(width=118).print(table)
+
+
 def show(summary):
     from rich.console import Console
     from rich.table import Table
@@ -399,13 +450,18 @@ def main():
     options = arguments()
     began = time.perf_counter()
     print(f"device {options.device}, {str(options.dtype)[6:]}, {torch.get_num_threads()} threads; engine {options.engine}; results in {options.out}")
+    first = earlier(options) if options.beside else None
     tokenizer = load_tokenizer(options)
     encoded, held_encoded, held_out = load_data(tokenizer, options)
     model = load_model(options)
     name = options.model or model_source(options)[1]["gguf_file"].rpartition(".Q")[0]
     summary = {"model": name, "engine": options.engine, "quantize": options.quantize, "device": options.device, "dtype": str(options.dtype)[6:], "threads": torch.get_num_threads()}
 
-    before = None if options.skip_eval else measure(model, tokenizer, held_encoded, held_out, options, "before")
+    summary["asked"] = asked(options)
+    if first:
+        before = first["before"] | {"rouge": np.array(first["before"]["rouge_each"])}
+    else:
+        before = None if options.skip_eval else measure(model, tokenizer, held_encoded, held_out, options, "before")
     summary["dense_mib"] = size_mib(model)
     model = add_adapter(model, options)
     summary["parameters_mib"] = size_mib(model)
@@ -430,6 +486,7 @@ def main():
         ]
         for when, result in (("before", before), ("after", after)):
             summary[when] = {key: float(result[key].mean() if key == "rouge" else result[key]) for key in ("rouge", "bleu", "perplexity", "general")}
+            summary[when] |= {"rouge_each": result["rouge"].tolist(), "answers": result["answers"]}
     summary["peak_memory_mib"] = peak_memory(options)
     summary["logits"] = compare_logits(model, held_encoded[0], options, out / "adapter")
     summary["total_seconds"] = time.perf_counter() - began
@@ -437,6 +494,8 @@ def main():
     for example in summary.get("examples", [])[:3]:
         print(f"\n{example['input']}\n  reference: {example['reference']}\n  before:    {example['before']}\n  after:     {example['after']}")
     show(summary)
+    if first:
+        show_both(first, summary)
     print(f"adapter in {out / 'adapter'}, loss curve in {out / 'loss.png'}, all figures in {out / 'summary.json'}; {summary['total_seconds']:.0f} s in all")
 
 

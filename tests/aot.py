@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 import triton.language as tl
 
-from lorakernels.backends.triton import kernels, language, matmul, mode, nf4, terms, tiles
+from lorakernels.backends.triton import kernels, language, matmul, mode, nf4, nf4_matmul, terms, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -54,7 +54,7 @@ class Job:
                 self.signature[name] = "constexpr"
                 continue
             self.signature[name] = pointers.get(name, "fp32" if name in FLOATS else "i32")
-            if self.signature[name].startswith("*") or (self.signature[name] == "i32" and name not in ("R", "threshold")):
+            if self.signature[name].startswith("*") or (self.signature[name] == "i32" and name not in ("R", "threshold", "block_shift")):
                 self.attrs[(i,)] = [["tt.divisibility", 16]]
         made = " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in {**self.constants, **self.options}.items() if not name.startswith("stride"))
         self.name = f"{kernel.__name__} {DTYPES[base][1]}+{DTYPES[adapter][1]} {made}"
@@ -100,6 +100,19 @@ def jobs():
                 yield Job(kernels.lowrank_grad_up, base, adapter, tile, {"dy": f"*{x}", "u": "*fp32", "B": f"*{a}", "du": "*fp32", "dB_parts": "*fp32"},
                           named | {"NEED_DU": need_du, "NEED_DB": need_dB, "Y_TERMS": terms(base)}, ("stride_yn", "stride_br"),
                           common=need_du and need_dB and tile in sides(every))  # fmt: skip
+    for base, adapter in MIXES[1:]:
+        (_, x), (_, a) = DTYPES[base], DTYPES[adapter]
+        usual = (base, adapter) == MIXES[1]
+        for turned, nested, whole, lowrank in itertools.product((False, True), repeat=4):
+            if not (nested and whole and lowrank) and not usual:
+                continue  # how a weight is decoded does not meet the adapter
+            for tile in (every := tiles.every_nf4_linear_lowrank()):
+                yield Job(nf4_matmul.nf4_linear_lowrank, base, adapter, tile,
+                          {"x": f"*{x}", "packed": "*u8", "absmax": "*u8" if nested else "*fp32", "nested": "*fp32", "u": "*fp32", "v": f"*{a}",
+                           "bias": f"*{x}", "lowrank_bias": f"*{a}", "seed": "*i64", "y": f"*{x}"},
+                          {"HAS_LOWRANK": lowrank, "HAS_BIAS": not turned, "HAS_LOWRANK_BIAS": lowrank and not turned, "DROPOUT": lowrank and turned,
+                           "MODE": mode(base, adapter), "NESTED": nested, "WHOLE": whole, "TURNED": turned},
+                          ("stride_xk", "stride_vr"), common=usual and nested and whole and lowrank and tile in (every[0], every[-1]))  # fmt: skip
     for dtype in DTYPES:
         yield Job(kernels.sum_parts, torch.float32, dtype, tiles.sum_parts(), {"A_parts": "*fp32", "B_parts": "*fp32", "dA": f"*{DTYPES[dtype][1]}", "dB": f"*{DTYPES[dtype][1]}"}, {})
 
@@ -137,7 +150,7 @@ def measure(compiled, target):
 
 
 def source_hash():
-    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul, nf4)) + Path(__file__).read_text() + triton.__version__
+    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul, nf4, nf4_matmul)) + Path(__file__).read_text() + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ def compile_all(target, *flags):
 def hold(kernels, target):
     assert {kernel["name"].partition(" ")[0] for kernel in kernels} == {
         "lowrank_down", "add_lowrank", "linear_lowrank", "lowrank_grad_up", "lowrank_grad_down", "sum_parts",
-        "dequantize_nf4", "quantize_nf4",
+        "dequantize_nf4", "quantize_nf4", "nf4_linear_lowrank",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
@@ -90,15 +90,15 @@ def test_cuda_kernels_do_not_spill(cuda_module):
         found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         reserved = 0 if architecture == "80" else 1024  # by the system, from 9.0 on
         # 3 dtypes x (dropout x width: add_lowrank, lowrank_down, grad_down; width x what is wanted: grad_up; width:
-        # dequantize; quantize), sum_parts
-        assert len(found) == 3 * (3 * 4 + 2 * 3 + 2 + 1) + 1, architecture
+        # dequantize; quantize), sum_parts; 2 dtypes x 2 groups of rows x (3 numbers of tiles, and the narrow one): nf4_linear
+        assert len(found) == 3 * (3 * 4 + 2 * 3 + 2 + 1) + 1 + 2 * 2 * 4, architecture
         for registers, stack, shared, local in found:
             assert int(registers) <= 255 and int(stack) == 0 and int(local) == 0 and int(shared) - reserved <= 48 << 10, usage
 
 
 # which bool of its template; the access that the kernel is bound by
-WIDE = {"add_lowrank_kernel": 1, "lowrank_down_kernel": 1, "grad_up_kernel": 0, "grad_down_kernel": 1, "dequantize_kernel": 0}
-ACCESS = dict.fromkeys(WIDE, ["LDG"]) | {"add_lowrank_kernel": ["LDG", "STG"], "dequantize_kernel": ["STG"]}
+WIDE = {"add_lowrank_kernel": 1, "lowrank_down_kernel": 1, "grad_up_kernel": 0, "grad_down_kernel": 1, "dequantize_kernel": 0, "decode_kernel": 0}
+ACCESS = dict.fromkeys(WIDE, ["LDG.E"]) | {"add_lowrank_kernel": ["LDG.E", "STG.E"], "dequantize_kernel": ["STG.E"], "decode_kernel": ["LDG.E.EF"]}
 
 
 def test_cuda_kernels_use_16_byte_accesses(cuda_module):
@@ -110,8 +110,9 @@ def test_cuda_kernels_use_16_byte_accesses(cuda_module):
         if name is None or re.findall(r"Lb([01])E", body.splitlines()[0])[WIDE[name]] == "0":
             continue
         wide[name] += 1
-        assert all(re.search(rf"{access}\.E\.128", body) for access in ACCESS[name]), body[:200]
-    assert wide == {"add_lowrank_kernel": 6, "lowrank_down_kernel": 6, "grad_up_kernel": 9, "grad_down_kernel": 6, "dequantize_kernel": 3}
+        assert name != "decode_kernel" or len(re.findall("HMMA.16816.F32", body)) >= 8, body[:200]
+        assert all(f"{access}.128" in body for access in ACCESS[name]), body[:200]
+    assert wide == {"add_lowrank_kernel": 6, "lowrank_down_kernel": 6, "grad_up_kernel": 9, "grad_down_kernel": 6, "dequantize_kernel": 3, "decode_kernel": 12}
 
 
 def test_cuda_module_links_no_cuda_runtime(cuda_module):

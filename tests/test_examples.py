@@ -128,6 +128,27 @@ def test_over_a_base_in_4_bits(tiny, tmp_path):
     assert {what for what, _ in summary["logits"]} == {"loaded into peft", "loaded back", "merged"}
 
 
+def test_a_second_run_beside_the_first(tiny, tmp_path):
+    """The dense model is evaluated once; both runs' figures stand in the last table. Another job's figures are refused."""
+
+    def run(out, *more):
+        evaluated = [word for word in command(tiny, tmp_path / out, "--steps", "2", "--new-tokens", "3", *more) if word != "--skip-eval"]
+        return subprocess.run(evaluated, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+
+    assert run("lora").returncode == 0
+    second = run("qlora", "--quantize", "nf4", "--beside", str(tmp_path / "lora"))
+    assert second.returncode == 0, second.stderr[-2000:]
+    one, two = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("lora", "qlora"))
+    assert one["before"] == two["before"] and "answers before" not in second.stderr and "answers after" in second.stderr
+    table = second.stdout.partition("LoRA and QLoRA")[2]
+    for run_ in (one, two):
+        assert f"{run_['after']['perplexity']:.2f}" in table and f"{run_['peak_memory_mib']:.0f} MiB" in table
+    other = run("other", "--beside", str(tmp_path / "lora"), "--seed", "1")
+    assert other.returncode and "is of another job: seed" in other.stderr
+    nothing = run("other", "--beside", str(tmp_path / "nowhere"))
+    assert nothing.returncode and "is not the summary of an evaluated run (FileNotFoundError" in nothing.stderr
+
+
 def test_generate_with_every_engine_that_is_here(tiny, tmp_path):
     subprocess.run(command(tiny, tmp_path, "--steps", "2"), check=True, capture_output=True)
     script = [sys.executable, str(ROOT / "examples" / "generate.py"), "--model", str(tiny[0]), "--tokens", "5"]

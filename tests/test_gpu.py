@@ -7,8 +7,9 @@ from numerics import check
 from oracle import make_case
 
 from lorakernels import backends
-from lorakernels.functional import lora_linear
+from lorakernels.functional import lora_linear, nf4_linear, quantize_nf4
 from lorakernels.modules import LoraLinear
+from lorakernels.nf4_modules import QLoraLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -131,6 +132,44 @@ def test_large_shapes(gpu_backend):
             exact = x.double() @ case.W.double().t() + 1.5 * (x.double() @ case.A.double().t()) @ case.B.double().t()
             eager = ((x @ case.W.t()).float() + 1.5 * (x.float() @ case.A.t()) @ case.B.t()).to(BF16)
             check(f"M=8192 K={K} N={N}", y[rows], exact, eager, base=BF16, K=K)
+
+
+@pytest.mark.parametrize("K, N", [(4096, 4096), (4096, 14336), (14336, 4096), (3420, 4096)])
+def test_large_nf4_weights(gpu_backend, K, N):
+    """Rows across every switch of kernel, forward and dx."""
+    weight = quantize_nf4(torch.randn(N, K, device="cuda").mul_(K**-0.5).to(BF16))
+    dense = weight.dequantize(F32)
+    for M in (1, 8, 9, 16, 17, 128, 129, 4096):
+        x, dy = torch.randn(M, K, device="cuda").to(BF16).requires_grad_(), torch.randn(M, N, device="cuda").to(BF16)
+        y = nf4_linear(x, weight)
+        y.backward(dy)
+        for name, out, exact, eager in (
+            ("y", y.detach(), x.detach().double() @ dense.double().t(), x.detach() @ dense.to(BF16).t()),
+            ("dx", x.grad, dy.double() @ dense.double(), dy @ dense.to(BF16)),
+        ):
+            check(f"NF4 M={M} K={K} N={N} {name}", out, exact, eager, base=BF16, K=max(K, N))
+
+
+@pytest.mark.parametrize("rows", [4, 16, 64, 300])
+def test_250_repeats_of_nf4_are_bit_equal(gpu_backend, rows):
+    layer, x = QLoraLinear(512, 768, r=16, init_lora_weights=False, dtype=BF16, device="cuda"), torch.randn(rows, 512, device="cuda", dtype=BF16)
+    first = step(layer, x)
+    for _ in range(250):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(layer, x)))
+
+
+@pytest.mark.parametrize("rows", [4, 64, 300])
+def test_nf4_in_a_cuda_graph(gpu_backend, rows):
+    layer, x = QLoraLinear(512, 768, r=16, init_lora_weights=False, dtype=BF16, device="cuda"), torch.randn(rows, 512, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, layer(x))
 
 
 def test_launch_follows_the_tensors_device():

@@ -182,17 +182,36 @@ def native_cpu():
     return backends.load("cpu").module()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_each_instruction_set_gives_right_results(isa):
+def run_again(isa, *plugin):
     """The error-rule tests once more with one instruction set forced, in a process of its own."""
+    chosen = "test_ranks or test_widths or test_dropout or share_x or fresh_memory or test_in_place_add or test_native_kernels_bits or same_mask"
+    nf4 = "test_shapes_and_dtypes or test_rows_across or test_layouts or boundaries or zeros or every_backend or every_block_size or any_layout or gives_bitsandbytes"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *plugin]
+    command += [str(ROOT / "tests" / f"test_{name}.py") for name in ("lora_linear", "nf4", "nf4_linear")] + ["-k", f"({chosen} or {nf4}) and not triton and not reference"]
+    environment = {"LORAKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_each_instruction_set_gives_right_results(isa):
     usable = native_cpu().isas().get(isa)
     if not usable:
         pytest.skip(f"{isa} is {'not on this processor' if usable is False else 'not compiled for it'}")
-    chosen = "test_ranks or test_widths or test_dropout or share_x or fresh_memory or test_in_place_add or test_native_kernels_bits or same_mask"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / "test_lora_linear.py"), "-k", f"({chosen}) and not triton and not reference"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LORAKERNELS_CPU_ISA": isa})
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_again(isa)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
+def test_what_this_processor_lacks_gives_right_results_where_it_is_emulated(isa):
+    import emulated_cpu
+
+    native_cpu()
+    if native_cpu().isas().get(isa):
+        pytest.skip(f"this processor has {isa}: it is tested as it is")
+    if emulated_cpu.why_not():
+        pytest.skip(f"no emulation of {isa}: {emulated_cpu.why_not()}")
+    run_again(isa, "-p", "emulated_cpu")
 
 
 def test_unknown_instruction_set_is_explained():

@@ -64,8 +64,10 @@ inline QuantizeNF4 quantize_nf4_params(Address weight, int dtype, int64_t count,
   return {pointer(weight), static_cast<DType>(dtype), count, block_shift, static_cast<uint8_t*>(pointer(packed)), static_cast<float*>(pointer(absmax))};
 }
 
-inline NF4Linear nf4_linear_params(NF4 w, int64_t M, Tensor x, Tensor bias, Tensor y) {
-  return {nf4_weight(w), M, matrix(x), matrix(bias), matrix(y)};
+// ... then what add_lowrank takes
+inline NF4Linear nf4_linear_params(NF4 w, Tensor x, Tensor bias, int64_t M, int64_t N, int64_t R, Tensor y, Tensor u, Tensor v,
+                                   Tensor lowrank_bias, float scaling, Drop drop) {
+  return {nf4_weight(w), matrix(x), matrix(bias), add_lowrank_params(M, N, R, y, u, v, lowrank_bias, scaling, drop)};
 }
 
 // A Python function that fills the struct from its arguments and runs the kernel without the interpreter lock.

@@ -22,5 +22,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lowrank_grad", launcher(lowrank_grad_params, [](const LowrankGrad& p) { cpu::kernels().lowrank_grad(p); }));
   m.def("dequantize_nf4", launcher(dequantize_nf4_params, [](const DequantizeNF4& p) { cpu::kernels().dequantize_nf4(p); }));
   m.def("quantize_nf4", launcher(quantize_nf4_params, [](const QuantizeNF4& p) { cpu::kernels().quantize_nf4(p); }));
-  m.def("nf4_linear", launcher(nf4_linear_params, [](const NF4Linear& p) { cpu::kernels().nf4_linear(p); }));
+  m.def("nf4_linear", launcher(nf4_linear_params, [](const NF4Linear& p) {
+          cpu::kernels().nf4_linear(p);
+          if (p.lowrank.R) cpu::kernels().add_lowrank(p.lowrank);
+        }));
 }

@@ -45,5 +45,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("lowrank_grad", stream_launcher(lowrank_grad_params, cuda::lowrank_grad));
   m.def("dequantize_nf4", stream_launcher(dequantize_nf4_params, cuda::dequantize_nf4));
   m.def("quantize_nf4", stream_launcher(quantize_nf4_params, cuda::quantize_nf4));
+  m.def("nf4_linear", stream_launcher(nf4_linear_params, cuda::nf4_linear));
   m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

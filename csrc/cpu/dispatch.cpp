@@ -11,7 +11,7 @@ namespace {
 #define LK_KERNELS(isa) \
   {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear}
 #ifdef LK_X86
-const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512)};
+const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512), LK_KERNELS(avx512bf16)};
 #else
 const Kernels every[] = {LK_KERNELS(portable)};
 #endif
@@ -24,7 +24,11 @@ const Kernels* compiled(int* count) {
 }
 
 bool processor_has(const char* isa) {
+#ifdef LK_AVX512_EMULATION  // for tests
+  return true;
+#endif
 #ifdef LK_X86
+  if (!std::strcmp(isa, "avx512bf16")) return processor_has("avx512") && __builtin_cpu_supports("avx512bf16");
   if (!std::strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

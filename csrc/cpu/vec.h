@@ -4,7 +4,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef LK_X86
+#if defined(LK_AVX512_EMULATION)
+#include "../emulation/avx512_emulation.h"
+#elif defined(LK_X86)
 #include <immintrin.h>
 #endif
 
@@ -66,9 +68,15 @@ LK_INLINE float load_scalar(const void* data, DType dtype, int64_t index) {
 
 // -- vectors ---------------------------------------------------------------------------------------------------------
 
+#if defined(LK_ISA_AVX512BF16)
+#define LK_ISA_NAME avx512bf16
+#define LK_ISA_AVX512
+#elif defined(LK_ISA_AVX512)
+#define LK_ISA_NAME avx512
+#endif
+
 #if defined(LK_ISA_AVX512)
 
-#define LK_ISA_NAME avx512
 using Vec = __m512;
 constexpr int VL = 16;
 LK_INLINE Vec zero() { return _mm512_setzero_ps(); }

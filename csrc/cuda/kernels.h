@@ -10,6 +10,7 @@ int lowrank_down(const LowrankDown& p, void* stream);
 int lowrank_grad(const LowrankGrad& p, void* stream);
 int dequantize_nf4(const DequantizeNF4& p, void* stream);
 int quantize_nf4(const QuantizeNF4& p, void* stream);
+int nf4_linear(const NF4Linear& p, void* stream);  // half precision, M <= 16, no dropout
 
 // How many floats LowrankGrad::workspace must have room for.
 int64_t lowrank_grad_workspace(int64_t M, int64_t N, int64_t K, int64_t R, bool need_dA, bool need_dB);

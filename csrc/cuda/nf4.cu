@@ -3,24 +3,14 @@
 // different banks of shared memory, so lanes that look up different codes never collide.
 #include "launch.h"
 
-#include "../nf4.h"
 #include "element.cuh"
 #include "kernels.h"
+#include "nf4.cuh"
 
 namespace lk::cuda {
 namespace {
 
 constexpr int THREADS = 128, RUN = 8;
-
-__device__ __forceinline__ float load_float(const uint8_t* bytes, int64_t index) {
-  return reinterpret_cast<const float*>(bytes)[index];
-}
-
-__device__ __forceinline__ float scale_of(const NF4Weight& w, int64_t block) {
-  if (!w.nested) return load_float(w.absmax, block);
-  const float product = __fmul_rn(load_float(w.nested, 1 + w.absmax[block]), load_float(w.nested, 257 + (block >> w.nested_shift)));
-  return __fadd_rn(product, load_float(w.nested, 0));  // each rounded: the format says so
-}
 
 template <DType dtype, bool wide>
 __global__ void __launch_bounds__(THREADS) dequantize_kernel(const DequantizeNF4 p) {
@@ -28,11 +18,7 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(const DequantizeNF4
   using T = typename E::type;
   __shared__ float codes[16];
   const int thread = threadIdx.x;
-  if (thread == 0) {
-    const float values[16] = {LK_NF4_CODES};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) codes[i] = values[i];
-  }
+  if (thread == 0) store_codes(codes);
   __syncthreads();
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + thread) * RUN;
   if (column >= p.columns) return;

@@ -11,7 +11,9 @@ long launches();  // so far
 // As in bindings/cuda.cpp, the stream comes first; here there is none.
 template <class Params, class... Arguments>
 static auto emulated(Params (*fill)(Arguments...), int (*run)(const Params&, void*)) {
-  return [fill, run](lk::Address, Arguments... arguments) { run(fill(arguments...), nullptr); };
+  return [fill, run](lk::Address, Arguments... arguments) {
+    if (run(fill(arguments...), nullptr)) throw std::runtime_error("the launch was refused");
+  };
 }
 
 PYBIND11_MODULE(_cuda_emulated, m) {
@@ -23,5 +25,6 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("lowrank_grad", emulated(lowrank_grad_params, cuda::lowrank_grad));
   m.def("dequantize_nf4", emulated(dequantize_nf4_params, cuda::dequantize_nf4));
   m.def("quantize_nf4", emulated(quantize_nf4_params, cuda::quantize_nf4));
+  m.def("nf4_linear", emulated(nf4_linear_params, cuda::nf4_linear));
   m.def("lowrank_grad_workspace", &cuda::lowrank_grad_workspace);
 }

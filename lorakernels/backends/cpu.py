@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import native
+from .nf4_path import FEW, nf4_path
 from .reference import base_product, nf4_product
 
 
@@ -57,9 +58,6 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
 # -- NF4 -----------------------------------------------------------------------------------------------------------------------
 
 SLAB = 8 << 20  # bytes of W that are dense at a time: within the last cache, and columns enough that x is not read too often
-# Rows up to which the packed weight is multiplied as it is. AVX2, ms packed against slabs, 4096x14336 / 14336x4096: 12 rows 47 to 47 /
-# 47 to 48 with one thread, 25 to 36 / 25 to 39 with two; 16 rows 62 to 51 / 62 to 55 and 37 to 39 / 32 to 44: 16 loses least.
-FEW = 16
 
 
 @functools.lru_cache(maxsize=None)
@@ -90,12 +88,13 @@ def nf4_linear_lowrank(
     """linear_lowrank with W in NF4: few rows meet the packed codes in C++; many a slab at a time, decoded in C++ and
     multiplied by torch (oneDNN); then the low-rank term in place, in C++."""
     weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
-    if x.shape[0] <= FEW and not turned:
+    if nf4_path(x.shape[0], N, K, x.dtype, "cpu", turned) == FEW:
         y = x.new_empty(x.shape[0], N)
-        module().nf4_linear(weight, x.shape[0], native.matrix(x), native.vector(bias), native.matrix(y))
-    else:
-        decode = lambda n0, k0, out: module().dequantize_nf4(weight, n0, k0, *out.shape, native.matrix(out))  # noqa: E731
-        y = nf4_product(x, (N, K), turned, bias, decode, SLAB, multiplied_in(x.dtype))
+        lowrank = native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p)
+        module().nf4_linear(weight, native.matrix(x), native.vector(bias), *lowrank)
+        return y
+    decode = lambda n0, k0, out: module().dequantize_nf4(weight, n0, k0, *out.shape, native.matrix(out))  # noqa: E731
+    y = nf4_product(x, (N, K), turned, bias, decode, SLAB, multiplied_in(x.dtype))
     if u is not None:
         module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
     return y

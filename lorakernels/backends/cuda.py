@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from . import native
+from . import native, triton
+from .nf4_path import FEW, FUSED, nf4_path
 from .reference import base_product, nf4_product
 
 
@@ -38,6 +39,10 @@ def launch(name, tensor, arguments):
     """One call of the native module, on the tensor's device and its current stream."""
     with torch.cuda.device(tensor.device):
         getattr(module(), name)(torch.cuda.current_stream(tensor.device).cuda_stream, *arguments)
+
+
+def architecture(tensor):
+    return torch.cuda.get_device_capability(tensor.device)
 
 
 def lowrank_down(x, A, seed, dropout_p):
@@ -87,9 +92,22 @@ def quantize_nf4(weight, blocksize):
 def nf4_linear_lowrank(
     x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
 ):  # fmt: skip
-    """linear_lowrank with W in NF4: a slab at a time decoded in CUDA C++ and multiplied by torch (cuBLAS), then the low-rank
-    term in place, in CUDA C++."""
+    """linear_lowrank with W in NF4. Few rows meet the packed codes in CUDA C++, the low-rank term with them; more of them in
+    Triton's fused product, where Triton is usable; many a slab at a time, decoded in CUDA C++ and multiplied by torch
+    (cuBLAS), then the low-rank term in place, in CUDA C++."""
     weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
+    path = nf4_path(x.shape[0], N, K, x.dtype, architecture(x), turned)
+    if path == FEW and seed is None:  # a mask is drawn for dx alone
+        if K % 64 == 0 and (x.stride(1) != 1 or (x.stride(0) * x.element_size() | x.data_ptr()) % 16):
+            x = x.clone(memory_format=torch.contiguous_format)  # 16 rows at most: their copy costs less than reading them bit by bit
+        y = x.new_empty(x.shape[0], N)
+        lowrank = native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p)
+        launch("nf4_linear", x, (weight, native.matrix(x), native.vector(bias), *lowrank))
+        return y
+    if path == FUSED and triton.why_not(x.device.type, x.dtype) is None:
+        return triton.nf4_linear_lowrank_fused(
+            x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+        )  # fmt: skip
     decode = lambda n0, k0, out: launch("dequantize_nf4", x, (weight, n0, k0, *out.shape, native.matrix(out)))  # noqa: E731
     y = nf4_product(x, (N, K), turned, bias, decode, SLAB)
     if u is not None:

@@ -69,7 +69,7 @@ def drop(seed, dropout_p):
 
 
 def add_lowrank_arguments(y, u, v, scaling, bias, seed, dropout_p):
-    return (*y.shape, u.shape[1], matrix(y), matrix(u), matrix(v), vector(bias), scaling, drop(seed, dropout_p))
+    return (*y.shape, 0 if u is None else u.shape[1], matrix(y), matrix(u), matrix(v), vector(bias), scaling, drop(seed, dropout_p))
 
 
 def lowrank_down_arguments(x, A, u, seed, dropout_p):

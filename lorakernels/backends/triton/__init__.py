@@ -12,6 +12,7 @@ import torch
 from ... import dropout
 from ...nf4 import floats_of
 from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
+from ..nf4_path import SLABS, nf4_path
 from ..reference import base_product, nf4_product
 
 
@@ -269,8 +270,49 @@ def quantize_nf4(weight, blocksize):
 def nf4_linear_lowrank(
     x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
 ):  # fmt: skip
-    """linear_lowrank with W in NF4: a slab at a time decoded in Triton and multiplied by torch, then the low-rank term in
-    place, in Triton."""
+    """linear_lowrank with W in NF4, in Triton: one product where rows are few; else a slab at a time decoded in Triton and
+    multiplied by torch, then the low-rank term in place."""
+    if nf4_path(x.shape[0], N, K, x.dtype, architecture(x), turned) != SLABS:
+        return nf4_linear_lowrank_fused(
+            x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+        )  # fmt: skip
     decode = lambda n0, k0, out: _dequantize(packed, absmax, nested, K, blocksize, nested_blocksize, n0, k0, out)  # noqa: E731
     y = nf4_product(x, (N, K), turned, bias, decode, SLAB)
     return y if u is None else add_lowrank(y, u, v, scaling, lowrank_bias, seed, dropout_p)
+
+
+def architecture(tensor):
+    """For nf4_path. In the interpreter, of which no figure speaks, the least that is served."""
+    if not tensor.is_cuda:
+        return (8, 0)
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(tensor.device).gcnArchName
+    return torch.cuda.get_device_capability(tensor.device)
+
+
+def nf4_linear_lowrank_fused(
+    x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
+):  # fmt: skip
+    """linear_lowrank with W in NF4 as one product of half precision, rounded once: tiles of W are decoded on their way to it."""
+    from . import nf4_matmul, tiles
+
+    M, columns = x.shape[0], K if turned else N
+    y = x.new_empty(M, columns)
+    if M == 0:
+        return y
+    tile = tiles.nf4_linear_lowrank(M)
+    nobody = packed  # in the place of what there is not
+    with on_device(x):
+        nf4_matmul.nf4_linear_lowrank[(-(-M // tile.BLOCK_M) * -(-columns // tile.BLOCK_N),)](
+            x, packed, floats_of(absmax) if nested is None else absmax, nobody if nested is None else floats_of(nested),
+            nobody if u is None else u, nobody if u is None else v, nobody if bias is None else bias,
+            nobody if lowrank_bias is None else lowrank_bias, nobody if seed is None else seed, y,
+            M, N, K, K // 2, 0 if u is None else u.shape[1],
+            scaling, *drop_arguments(seed, dropout_p), blocksize.bit_length() - 1, nested_blocksize,
+            *x.stride(), 0 if u is None else u.stride(0), *((0, 0) if u is None else v.stride()),
+            0 if bias is None else bias.stride(0), 0 if lowrank_bias is None else lowrank_bias.stride(0), y.stride(0),
+            u is not None, bias is not None, lowrank_bias is not None, seed is not None, 0 if u is None else mode(x.dtype, v.dtype),
+            nested is not None, K % 32 == 0, turned,
+            **tile._asdict(),
+        )  # fmt: skip
+    return y

@@ -7,7 +7,7 @@ before they meet a stride, bfloat16 goes into tl.dot or to float32 at once, one 
 import triton
 import triton.language as tl
 
-from .language import dot_terms, dropped
+from .language import dot_terms, dropped, lowrank_tile
 
 
 @triton.jit
@@ -67,15 +67,7 @@ def add_lowrank(
     n = n0 + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
-        in_r = r < R
-        u_tile = tl.load(u + m[:, None] * stride_um + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        v_tile = tl.load(v + n[None, :] * stride_vn + r[:, None] * stride_vr, mask=in_r[:, None] & in_n[None, :], other=0.0)
-        acc = dot_terms(u_tile, v_tile, acc, MODE, v.dtype.element_ty, 2, 2)
-
-    acc *= scaling
+    acc = scaling * lowrank_tile(u, v, m, n, in_m, in_n, R, stride_um, stride_vn, stride_vr, MODE, BLOCK_M, BLOCK_N, BLOCK_R)
     if DROPOUT:
         acc = dropped(acc, tl.load(seed), threshold, m, n0, BLOCK_M, BLOCK_N) * dropout_scale
     if HAS_BIAS:

@@ -1,0 +1,85 @@
+// AVX-512 on a processor that lacks it, for tests: SIMDe's functions under the intrinsics' names, and those that it has not.
+#pragma once
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <math.h>
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#include <string.h>
+
+#define __m512 simde__m512
+#define __m512i simde__m512i
+#define __m512bh simde__m512i
+
+namespace lk::emulation {
+
+template <class To, class From, class Function>
+static inline To each(From from, int count, Function function) {
+  To to = {};
+  function(reinterpret_cast<const char*>(&from), reinterpret_cast<char*>(&to), count);
+  return to;
+}
+
+template <class To, class From, class ToVector, class FromVector>
+static inline ToVector converted(FromVector from, int count) {
+  return each<ToVector>(from, count, [](const char* in, char* out, int n) {
+    for (int i = 0; i < n; ++i) {
+      From a;
+      memcpy(&a, in + i * sizeof a, sizeof a);
+      const To b = static_cast<To>(a);
+      memcpy(out + i * sizeof b, &b, sizeof b);
+    }
+  });
+}
+
+static inline simde__m512 cvtph_ps(simde__m256i halves) {
+  simde__m256 both[2] = {simde_mm256_cvtph_ps(simde_mm256_extractf128_si256(halves, 0)), simde_mm256_cvtph_ps(simde_mm256_extractf128_si256(halves, 1))};
+  simde__m512 out;
+  memcpy(&out, both, sizeof out);
+  return out;
+}
+
+static inline simde__m256i cvtps_ph(simde__m512 a) {
+  simde__m256 in[2];
+  memcpy(in, &a, sizeof in);
+  simde__m128i both[2] = {simde_mm256_cvtps_ph(in[0], SIMDE_MM_FROUND_TO_NEAREST_INT), simde_mm256_cvtps_ph(in[1], SIMDE_MM_FROUND_TO_NEAREST_INT)};
+  simde__m256i out;
+  memcpy(&out, both, sizeof out);
+  return out;
+}
+
+// Pairs of bfloat16 products, the even one first; what the instruction flushes to zero is not flushed here.
+static inline simde__m512 dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512i b) {
+  uint16_t x[32], y[32];
+  float out[16];
+  memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y), memcpy(out, &sum, sizeof out);
+  const auto wide = [](uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  for (int i = 0; i < 16; ++i) {
+    out[i] += wide(x[2 * i + 1]) * wide(y[2 * i + 1]);
+    out[i] += wide(x[2 * i]) * wide(y[2 * i]);
+  }
+  memcpy(&sum, out, sizeof sum);
+  return sum;
+}
+
+}  // namespace lk::emulation
+
+#undef _mm512_cvtepi16_epi32
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_epi16
+#undef _mm512_cvtepi64_epi8
+#undef _mm512_cvtph_ps
+#undef _mm512_cvtps_ph
+#undef _mm512_dpbf16_ps
+#define _mm512_cvtepi16_epi32(a) lk::emulation::converted<int32_t, int16_t, simde__m512i>(a, 16)
+#define _mm512_cvtepu16_epi32(a) lk::emulation::converted<int32_t, uint16_t, simde__m512i>(a, 16)
+#define _mm512_cvtepi32_epi16(a) lk::emulation::converted<int16_t, int32_t, simde__m256i>(a, 16)
+#define _mm512_cvtepi64_epi8(a) lk::emulation::converted<int8_t, int64_t, simde__m128i>(a, 8)
+#define _mm512_cvtph_ps(a) lk::emulation::cvtph_ps(a)
+#define _mm512_cvtps_ph(a, rounding) lk::emulation::cvtps_ph(a)
+#define _mm512_dpbf16_ps(sum, a, b) lk::emulation::dpbf16_ps(sum, a, b)

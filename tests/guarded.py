@@ -1,0 +1,59 @@
+"""Products on tensors whose last byte lies before memory that nobody may touch: a process of its own, which a read or a write
+behind an end would end. `python tests/guarded.py cpu` runs the native kernels, `... emulated MODULE` those of CUDA C++."""
+
+import ctypes
+import importlib.util
+import mmap
+import sys
+
+import torch
+
+from lorakernels import backends, functional
+from lorakernels.backends import cuda
+
+kept = []
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(tensor):
+    """The same values, contiguous, before a page without access."""
+    count = tensor.numel() * tensor.element_size()
+    size = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
+    memory = mmap.mmap(-1, size)
+    kept.append(memory)
+    last = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size - mmap.PAGESIZE
+    if libc.mprotect(ctypes.c_void_p(last), mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    out = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=size - mmap.PAGESIZE - count).view(tensor.dtype).view(tensor.shape)
+    return out.copy_(tensor)
+
+
+def layers(M, N, K, R, dtype):
+    x, dy, W, bias = (guarded(torch.randn(*shape).to(dtype)) for shape in ((M, K), (M, N), (N, K), (N,)))
+    A, B, lora_bias = (guarded(torch.randn(*shape)) for shape in ((R, K), (N, R), (N,)))
+    for weight in (W, functional.quantize_nf4(W), functional.quantize_nf4(W, 32, False)):
+        if weight is not W:
+            weight = weight._replace(packed=guarded(weight.packed), absmax=guarded(weight.absmax), nested=None if weight.nested is None else guarded(weight.nested))
+        for p in (0.0, 0.4):
+            leaves = [t.requires_grad_() for t in (x, A, B)]
+            functional.lora_linear(leaves[0], weight, leaves[1], leaves[2], 0.5, bias, lora_bias=lora_bias, dropout_p=p).backward(dy)
+        with torch.no_grad():
+            functional.nf4_linear(x, weight, bias) if weight is not W else None
+
+
+def main(which, module=None):
+    if which == "emulated":
+        spec = importlib.util.spec_from_file_location("_cuda_emulated", module)
+        emulated = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(emulated)
+        cuda.module, cuda.architecture = lambda: emulated, lambda tensor: (9, 0)
+        cuda.launch = lambda name, tensor, arguments: getattr(emulated, name)(0, *arguments)
+        backends.select = lambda primitive, *rest: getattr(cuda, primitive)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for M, N, K, R in ((1, 16, 64, 8), (4, 24, 136, 3), (16, 40, 192, 16), (5, 17, 75, 2), (33, 9, 7, 1), (37, 64, 128, 20)):
+            layers(M, N, K, R, dtype)
+    print("nothing behind an end was touched")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

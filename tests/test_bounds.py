@@ -1,0 +1,57 @@
+"""Nothing behind a tensor's end is read or written: tests/guarded.py, in processes that a touch would end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_cuda_emulated
+from test_house import native_cpu
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX's mprotect")
+
+
+def run(*arguments, plugin="", **environment):
+    script = f"import sys; sys.path.insert(0, {str(TESTS)!r}); {plugin} import guarded; guarded.main(*{arguments!r})"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_native_kernels(isa):
+    import emulated_cpu
+
+    plugin = ""
+    if not native_cpu().isas().get(isa):
+        if emulated_cpu.why_not():
+            pytest.skip(f"{isa} is not on this processor, and has no emulation: {emulated_cpu.why_not()}")
+        plugin = "import emulated_cpu;"
+    done = run("cpu", plugin=plugin, LORAKERNELS_BACKEND="cpu", LORAKERNELS_CPU_ISA=isa)
+    assert done.returncode == 0 and "nothing behind an end" in done.stdout, (done.returncode, done.stderr[-2000:])
+
+
+def test_emulated_cuda_kernels():
+    done = run("emulated", test_cuda_emulated.build().__file__)
+    assert done.returncode == 0 and "nothing behind an end" in done.stdout, (done.returncode, done.stderr[-2000:])
+
+
+FAULTS = [
+    ("nf4_linear.cu", "n < w.N && k < w.K ?", "n < w.N ?"),
+    ("nf4_linear.cu", "n < w.N && k < w.K ?", "k < w.K ?"),
+    ("nf4_linear.cu", "at < count ? w.packed", "at < 16 ? w.packed"),
+    ("nf4_linear.cu", "if (row < w.N && column < K) {", "if (column < K) {"),
+    ("nf4.cu", "j < RUN && column + j < p.columns", "j < RUN"),
+    ("thin.cuh", "m < rows && c + j < cols ?", "m < rows ?"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name, good, bad", FAULTS)
+def test_a_touch_behind_an_end_is_caught(name, good, bad):
+    def plant(file, text):
+        assert file != name or good in text
+        return text.replace(good, bad) if file == name else text
+
+    done = run("emulated", test_cuda_emulated.build(plant).__file__)
+    assert done.returncode < 0, done.stdout
