@@ -11,6 +11,7 @@ struct Matrix {
   void* data;
   int64_t row_stride, col_stride;
   DType dtype;
+  const int64_t* index = nullptr;  // where it has data, row i is the one at index[i] (CPU kernels, of x, dy and y)
 };
 
 // The dropout mask that philox.h derives from the seed; threshold 0 means no dropout.
@@ -61,6 +62,38 @@ struct AddLowrank {
   Matrix bias;  // data may be null; row_stride is unused
   float scaling;
   Dropout dropout;
+};
+
+// Many adapters: rows order[starts[e]] to order[starts[e + 1]] of x, dy and y are adapter e's; other rows have none. u and du
+// have their rows in that order. A and B are stacks of E, a stride apart; adapter e uses its first ranks[e] ranks.
+struct Segments {
+  int64_t E, R;
+  const int64_t *order, *starts, *ranks;  // ranks may be null: R each
+  const int64_t* seed;                    // null for no dropout
+  const int32_t* thresholds;              // of each adapter: Dropout::threshold
+  const float* scaling;                   // of each adapter; null for 1
+};
+struct Stack {
+  Matrix first;
+  int64_t stride;
+};
+struct MultiDown {
+  Segments segments;
+  int64_t K;
+  Matrix x, u;
+  Stack A;
+};
+struct MultiAdd {
+  Segments segments;
+  int64_t N;
+  Matrix y, u;
+  Stack B;
+};
+struct MultiGrad {  // as LowrankGrad; dA (E,R,K) and dB (E,N,R) hold zeros where no row is an adapter's
+  Segments segments;
+  int64_t N, K;
+  Matrix dy, x, u, du;
+  Stack B, dA, dB;
 };
 
 }  // namespace lk

@@ -363,7 +363,7 @@ def put(model, name, layer):
     setattr(model.get_submodule(parent), child, layer)
 
 
-def plot(log, path, engine):
+def plot(log, path, title):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -376,7 +376,7 @@ def plot(log, path, engine):
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.75", label="each step")
     axes.plot(steps, smooth, color="C0", label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="loss on the answers (nats per token)", title=f"LoRA fine-tuning, {engine}")
+    axes.set(xlabel="step", ylabel="loss on the answers (nats per token)", title=f"fine-tuning by {title}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -468,7 +468,7 @@ def main():
     log = train(model, encoded, tokenizer.pad_token_id, options)
     out = Path(options.out)
     save_adapter(model, options, out / "adapter")
-    plot(log, out / "loss.png", options.engine)
+    plot(log, out / "loss.png", kind(summary))
     seconds, tokens = sum(s for _, _, s in log), sum(t for _, t, _ in log)
     from lorakernels.models import count_parameters
 

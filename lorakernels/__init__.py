@@ -9,11 +9,13 @@ from .explain import explain
 from .functional import quantize_nf4
 from .models import apply_lora, disable_adapters, merge_adapters, print_trainable_parameters
 from .modules import LoraLinear
+from .multi_modules import MultiLoraLinear
 from .nf4 import NF4Tensor
 from .nf4_modules import NF4Linear, QLoraLinear
 
 __all__ = [
     "LoraLinear",
+    "MultiLoraLinear",
     "NF4Linear",
     "NF4Tensor",
     "QLoraLinear",

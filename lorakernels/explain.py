@@ -1,6 +1,9 @@
 """Which kernel will run, and why."""
 
+import torch
+
 from . import backends
+from .backends.nf4_path import nf4_path
 from .models import lora_layers
 from .modules import Adapter
 from .nf4_modules import QLoraLinear
@@ -9,7 +12,7 @@ from .nf4_modules import QLoraLinear
 def explain(module_or_model, tokens=None):
     """A text that names, for a layer with an adapter or each kind of them in a model, the function behind every primitive.
 
-    tokens: rows of x to plan for; no choice depends on it yet. Raises TypeError, or ValueError where there is no such layer.
+    tokens: rows of x to plan for: the form of a product with NF4 depends on it. Raises TypeError, or ValueError where there is no such layer.
     """
     if isinstance(module_or_model, Adapter):
         layers = [("", module_or_model)]
@@ -38,10 +41,19 @@ def _describe(kind, device, dtype, adapter_dtype, dropout_p, merged, layers, tok
     for name in ("lowrank_down", product, "lowrank_grad"):
         function = backends.select(name, device, dtype)
         lines.append(f"  {name}: {function.__module__.rpartition('backends.')[2]}: {' '.join(function.__doc__.partition(chr(10) * 2)[0].split())}")
+    if product == "nf4_linear_lowrank" and tokens is not None:
+        for layer in {(layer.out_features, layer.in_features): layer for layer in layers}.values():
+            N, K = layer.out_features, layer.in_features
+            forms = [nf4_path(tokens, N, K, dtype, _architecture(device), turned) for turned in (False, True)]
+            lines.append(f"  {tokens} rows by {K}->{N}: forward {forms[0]}, dx {forms[1]} (where the backend has that form)")
     if device == "cpu":
         reason = backends.why_not("cpu", "cpu", dtype)
         lines.append(f"  native CPU kernels: {reason or backends.load('cpu').module().isa()}")
     return "\n".join(lines)
+
+
+def _architecture(device):
+    return backends.load("triton").architecture(torch.empty(0, device=device)) if device == "cuda" else "cpu"
 
 
 def _name(dtype):

@@ -26,6 +26,18 @@ def _nf4_linear_lowrank(x, packed, absmax, nested, N, K, blocksize, nested_block
     return 2 * x[0] * (N * K + (0 if u is None else u[1] * (K if turned else N)))
 
 
+def _multi_down(x, A, *_, out_shape=None, **__):
+    return 2 * x[0] * x[1] * A[1]  # as if every row had an adapter of full rank: which have is not known here
+
+
+def _multi_add(y, u, *_, out_shape=None, **__):
+    return 2 * y[0] * y[1] * u[1]
+
+
+def _multi_grad(dy, x, u, B, *_, out_shape=None, **__):
+    return 2 * dy[0] * B[2] * (dy[1] * (1 + (u is not None)) + (x[1] if x is not None else 0))
+
+
 def _none(*_, out_shape=None, **__):
     return 0
 
@@ -35,6 +47,9 @@ FORMULAS = {
     "linear_lowrank": _linear_lowrank,
     "lowrank_grad": _lowrank_grad,
     "nf4_linear_lowrank": _nf4_linear_lowrank,
+    "multi_lowrank_down": _multi_down,
+    "multi_add_lowrank": _multi_add,
+    "multi_lowrank_grad": _multi_grad,
     "dequantize_nf4": _none,
     "quantize_nf4": _none,
 }

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import dropout, nf4, ops
+from . import dropout, multi_ops, nf4, ops
 from .nf4 import NF4Tensor
 
 
@@ -92,6 +92,40 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
         raise ValueError(f"weight: not finite at [{n}, {k}]: {weight[n, k].item()}")
     absmax, nested = nf4.double_quantize(absmax) if double_quant else (nf4.bytes_of(absmax), None)
     return NF4Tensor(packed, absmax, nested, nf4.make_quant_state(format, dtype, nested).to(weight.device), format, dtype)
+
+
+def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None, *, ranks=None, dropout_p=0.0, training=True, check_ids="async"):
+    """y = x W^T + bias + scaling_e * drop(x) A_e^T B_e^T for each row's adapter e; rows with id -1 have none
+
+    x (..., K), weight (N, K), dense or an NF4Tensor, lora_A (E, R, K), lora_B (E, N, R), bias (N,) -> y (..., N), any strides.
+    adapter_ids: int32 or int64, of shape x.shape[:-1], or (batch,) for x (batch, tokens, K); from -1 to E - 1, rows in any order.
+    scaling: a number, or float32 (E,). ranks: int64 (E,), how many of its R ranks each adapter uses, from 1 to R; None: all.
+    dropout_p: a number, or a list of E of them: each adapter's own; the mask is as lora_linear's, of x's rows where they lie.
+
+    dtypes and autocast: as lora_linear. Gradients for x, weight, lora_A, lora_B and bias, contiguous; zeros for adapters that no
+    row names. A row's result does not depend on the adapters of the rows beside it; without an adapter it is F.linear's.
+    check_ids: ids out of range raise: "sync" and "async" before anything runs (what "async" need not wait for on a GPU, where
+    there are no kernels for many adapters yet); "off": such rows have no adapter.
+
+    Raises TypeError or ValueError naming the argument, before any kernel.
+    """
+    dtype = _autocast_dtype(x)
+    E = _check_multi(x, weight, lora_A, lora_B, bias, dtype)
+    ids = _check_ids(adapter_ids, x, E, check_ids)
+    scaling = _per_adapter("scaling", scaling, E, x.device)
+    ranks = _check_ranks(ranks, E, lora_A.shape[1], x.device)
+    seed = thresholds = None
+    probabilities = [check_probability("dropout_p", p) for p in (dropout_p if isinstance(dropout_p, (list, tuple)) else [dropout_p])]
+    if len(probabilities) not in (1, E) or (isinstance(dropout_p, (list, tuple)) and len(probabilities) != E):
+        raise ValueError(f"dropout_p: expected a number or {E} of them, got {len(probabilities)}")
+    if training and any(dropout.threshold(p) for p in probabilities):
+        seed = dropout.draw_seed(x.device)
+        thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
+    lora_A, lora_B, bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias))
+    pieces = (weight.absmax, weight.nested, weight.format) if isinstance(weight, NF4Tensor) else (None, None, None)
+    W = weight.packed if isinstance(weight, NF4Tensor) else weight.resolve_neg()
+    order, starts = multi_ops.route(ids, E)
+    return multi_ops.multi_lora_linear(x, W, lora_A, lora_B, bias, scaling, order, starts, ranks, seed, thresholds, dtype, *pieces)
 
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
@@ -207,3 +241,65 @@ def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
         _check_dtype("bias", bias, [x.dtype], "the weight's dtype")
     if lora_bias is not None:
         _check_dtype("lora_bias", lora_bias, [lora_B.dtype], "lora_B's dtype")
+
+
+def _check_multi(x, weight, lora_A, lora_B, bias, autocast):
+    """As _check_lora for stacks of adapters; returns E."""
+    for name, tensor, letters in (("lora_A", lora_A, "E, R, K"), ("lora_B", lora_B, "E, N, R")):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
+        if tensor.dim() != 3 or tensor.shape[0] == 0:
+            raise ValueError(f"{name}: expected shape ({letters}) with E of at least 1, got {tuple(tensor.shape)}")
+    if lora_A.shape[0] != lora_B.shape[0]:
+        raise ValueError(f"lora_B: expected E={lora_A.shape[0]} adapters, as lora_A has, got {lora_B.shape[0]}")
+    _check_lora(x, weight, lora_A[0], lora_B[0], bias, None, autocast)
+    return lora_A.shape[0]
+
+
+def _check_ids(ids, x, E, check_ids):
+    """adapter_ids as one id for each row of x."""
+    if check_ids not in ("sync", "async", "off"):
+        raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"adapter_ids: expected a Tensor, got {_kind(ids)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter_ids: expected int32 or int64, got {_names([ids.dtype])}")
+    if ids.device != x.device:
+        raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {ids.device}")
+    rows = x.shape[:-1]
+    if ids.shape != rows:
+        if x.dim() != 3 or ids.shape != rows[:1]:
+            also = f" or ({rows[0]},)" if x.dim() == 3 else ""
+            raise ValueError(f"adapter_ids: expected shape {tuple(rows)}{also}, got {tuple(ids.shape)}")
+        ids = ids[:, None].expand(rows)
+    ids = ids.reshape(-1)
+    if check_ids != "off" and not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
+        wrong = ((ids < -1) | (ids >= E)).nonzero()
+        if len(wrong):
+            at = wrong[0].item()
+            raise ValueError(f"adapter_ids: expected ids from -1 (no adapter) to {E - 1}, got {ids[at].item()} for row {at}")
+    return ids
+
+
+def _per_adapter(name, value, E, device):
+    """A number for all adapters, or one for each: float32 (E,)."""
+    if isinstance(value, torch.Tensor):
+        if value.shape != (E,) or value.dtype != torch.float32:
+            raise ValueError(f"{name}: expected a number or float32 of shape ({E},), got {_names([value.dtype])} {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device}, as x is, got {value.device}")
+        return value.detach().contiguous()
+    return torch.full((E,), check_number(name, value), device=device)
+
+
+def _check_ranks(ranks, E, R, device):
+    if ranks is None:
+        return None
+    if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (E,):
+        got = f"{_names([ranks.dtype])} {tuple(ranks.shape)}" if isinstance(ranks, torch.Tensor) else _kind(ranks)
+        raise TypeError(f"ranks: expected int64 of shape ({E},), got {got}")
+    if ranks.device != device:
+        raise ValueError(f"ranks: expected device {device}, as x is, got {ranks.device}")
+    if not ranks.is_meta and not torch.compiler.is_compiling() and not bool(((ranks >= 1) & (ranks <= R)).all()):
+        raise ValueError(f"ranks: expected ranks from 1 to {R} (lora_A's), got {ranks.tolist()}")
+    return ranks.contiguous()

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import lorakernels as lk
-from lorakernels import backends, dropout, ops
+from lorakernels import backends, dropout, multi_ops, ops
 
 PACKAGE = Path(lk.__file__).parent
 ROOT = PACKAGE.parent
 
 # models -> modules -> functional -> ops -> backends -> kernels; a file may import from lower ranks only
 RANK = {
-    "__main__": 9, "__init__": 8, "explain": 7, "checkpoint": 7, "models": 6, "nf4_modules": 5.5, "modules": 5, "functional": 4, "ops": 3,
-    "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.5, "backends.triton": 1.5, "backends.native": 1.2, "backends.reference": 1.2,
-    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1, "flops": 0, "nf4": 0, "dropout": 0, "targets": 0,
+    "__main__": 9, "__init__": 8, "explain": 7, "checkpoint": 7, "models": 6, "nf4_modules": 5.5, "multi_modules": 5.6, "modules": 5, "functional": 4, "multi_ops": 3.5, "ops": 3,
+    "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.6, "backends.triton": 1.5, "backends.nf4_path": 1.2, "backends.native": 1.2, "backends.reference": 1.2,
+    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.nf4_matmul": 1.15, "backends.triton.language": 1.05, "backends.triton.tiles": 1, "flops": 0, "nf4": 0, "dropout": 0, "targets": 0,
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_backends_have_the_references_signatures(name, primitive):
     assert inspect.signature(function) == inspect.signature(getattr(backends.load("reference"), primitive))
     assert function.__doc__
     schema = getattr(torch.ops.lorakernels, primitive).default._schema
-    assert list(inspect.signature(getattr(ops, primitive)).parameters) == list(inspect.signature(function).parameters)
+    assert list(inspect.signature(getattr(multi_ops if primitive.startswith("multi_") else ops, primitive)).parameters) == list(inspect.signature(function).parameters)
     assert [argument.name for argument in schema.arguments] == list(inspect.signature(function).parameters)
 
 

@@ -288,6 +288,7 @@ def test_repr_and_explain():
     assert "in_features=64, out_features=48, bias=True, blocksize=64, double_quant=True, r=3, lora_alpha=6" in repr(layer)
     text = lk.explain(layer)
     assert "1 QLoraLinear on cpu" in text and "nf4_linear_lowrank: cpu" in text
+    assert "8 rows by 64->48: forward few, dx slabs" in lk.explain(layer, tokens=8) and "forward slabs" in lk.explain(layer, tokens=17)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

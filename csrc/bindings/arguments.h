@@ -70,6 +70,32 @@ inline NF4Linear nf4_linear_params(NF4 w, Tensor x, Tensor bias, int64_t M, int6
   return {nf4_weight(w), matrix(x), matrix(bias), add_lowrank_params(M, N, R, y, u, v, lowrank_bias, scaling, drop)};
 }
 
+// E, R; addresses of order, starts, ranks, seed, thresholds, scaling (0 for none)
+using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, Address, Address>;
+
+inline Segments segments(const Segmented& s) {
+  const auto integers = [](Address a) { return static_cast<const int64_t*>(pointer(a)); };
+  return {std::get<0>(s), std::get<1>(s), integers(std::get<2>(s)), integers(std::get<3>(s)), integers(std::get<4>(s)), integers(std::get<5>(s)),
+          static_cast<const int32_t*>(pointer(std::get<6>(s))), static_cast<const float*>(pointer(std::get<7>(s)))};
+}
+
+// A tensor of one, and how far the next one is
+using Stacked = std::tuple<Tensor, int64_t>;
+
+inline Stack stack(const Stacked& s) { return {matrix(std::get<0>(s)), std::get<1>(s)}; }
+
+inline MultiDown multi_down_params(Segmented s, int64_t K, Tensor x, Stacked A, Tensor u) {
+  return {segments(s), K, matrix(x), matrix(u), stack(A)};
+}
+
+inline MultiAdd multi_add_params(Segmented s, int64_t N, Tensor y, Tensor u, Stacked B) {
+  return {segments(s), N, matrix(y), matrix(u), stack(B)};
+}
+
+inline MultiGrad multi_grad_params(Segmented s, int64_t N, int64_t K, Tensor dy, Tensor x, Tensor u, Stacked B, Tensor du, Stacked dA, Stacked dB) {
+  return {segments(s), N, K, matrix(dy), matrix(x), matrix(u), matrix(du), stack(B), stack(dA), stack(dB)};
+}
+
 // A Python function that fills the struct from its arguments and runs the kernel without the interpreter lock.
 template <class Params, class... Arguments, class Run>
 auto launcher(Params (*fill)(Arguments...), Run run) {

@@ -1,5 +1,6 @@
 // lorakernels._cpu
 #include "../cpu/kernels.h"
+#include "../cpu/multi.h"
 #include "../cpu/parallel.h"
 #include "arguments.h"
 
@@ -26,4 +27,7 @@ PYBIND11_MODULE(_cpu, m) {
           cpu::kernels().nf4_linear(p);
           if (p.lowrank.R) cpu::kernels().add_lowrank(p.lowrank);
         }));
+  m.def("multi_lowrank_down", launcher(multi_down_params, cpu::multi_lowrank_down));
+  m.def("multi_add_lowrank", launcher(multi_add_params, cpu::multi_add_lowrank));
+  m.def("multi_lowrank_grad", launcher(multi_grad_params, cpu::multi_lowrank_grad));
 }

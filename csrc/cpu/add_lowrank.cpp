@@ -29,7 +29,7 @@ LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int6
   accumulate<rows, VECS>(u, p.u.row_stride, 1, panel + c0, cols, p.R, sum);
   const Vec scaling = broadcast(dropout ? p.scaling * p.dropout.scale : p.scaling);
   for (int i = 0; i < rows; ++i) {
-    typename E::type* y = static_cast<typename E::type*>(p.y.data) + (m + i) * p.y.row_stride + n0 + c0;
+    typename E::type* y = static_cast<typename E::type*>(p.y.data) + place(p.y, m + i) * p.y.row_stride + n0 + c0;
     typename E::type edge[TILE];
     const bool whole = c0 + TILE <= valid;
     if (!whole) {
@@ -55,7 +55,7 @@ static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_
   int16_t keep[ROWS * KEEP_LD];
   const auto draw_rows = [&](int64_t m, int rows) {
     for (int i = 0; i < rows; ++i)
-      keep_row(static_cast<uint64_t>(*p.dropout.seed), p.dropout.threshold, m + i, n0, valid, keep + i * KEEP_LD);
+      keep_row(static_cast<uint64_t>(*p.dropout.seed), p.dropout.threshold, place(p.y, m + i), n0, valid, keep + i * KEEP_LD);
   };
   int64_t m = m0;
   for (; m + ROWS <= m1; m += ROWS) {

@@ -82,11 +82,13 @@ static void product(const Product& g, int64_t rows, int64_t vecs) {
 
 // -- operands as float32 ----------------------------------------------------------------------------------------------
 
+LK_INLINE int64_t place(const Matrix& m, int64_t row) { return m.index ? m.index[row] : row; }
+
 template <DType dtype>
 static void load_row(const Matrix& m, int64_t row, int64_t column, int64_t count, float* out) {
   using E = Element<dtype>;
   const typename E::type* from =
-      static_cast<const typename E::type*>(m.data) + row * m.row_stride + column * m.col_stride;
+      static_cast<const typename E::type*>(m.data) + place(m, row) * m.row_stride + column * m.col_stride;
   int64_t c = 0;
   if (m.col_stride == 1) {
     for (; c + VL <= count; c += VL) store(out + c, E::get(from + c));
@@ -120,7 +122,7 @@ constexpr int64_t BLOCK_LD = BLOCK + 16;      // an odd number of cache lines, s
 // A stripe's rows lie too far apart for the processor to guess the next one.
 LK_INLINE void prefetch(const Matrix& m, int64_t row, int64_t column, int64_t count) {
   const int64_t size = m.dtype == DType::f32 ? 4 : 2;
-  const char* at = static_cast<const char*>(m.data) + (row * m.row_stride + column) * size;
+  const char* at = static_cast<const char*>(m.data) + (place(m, row) * m.row_stride + column) * size;
   if (m.col_stride == 1)
     for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b);
 }
@@ -136,7 +138,7 @@ static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t 
     load_row_any(m, m0 + i, c0, columns, line);
     for (int64_t c = columns; c < padded; ++c) line[c] = 0.0f;
     if (mask.seed) {
-      keep_row(static_cast<uint64_t>(*mask.seed), mask.threshold, m0 + i, c0, columns, keep);
+      keep_row(static_cast<uint64_t>(*mask.seed), mask.threshold, place(m, m0 + i), c0, columns, keep);
       for (int64_t c = 0; c < padded; c += VL) store(line + c, masked(load(line + c), keep + c));
     }
   }
@@ -145,7 +147,7 @@ static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t 
 
 // The same without the zeros behind the last column, and without a copy where memory holds just that.
 static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out) {
-  if (m.dtype == DType::f32 && m.col_stride == 1 && !mask.seed)
+  if (m.dtype == DType::f32 && m.col_stride == 1 && !mask.seed && !m.index)
     return {static_cast<const float*>(m.data) + m0 * m.row_stride + c0, m.row_stride};
   return copy(m, m0, rows, c0, columns, mask, out);
 }
@@ -159,6 +161,23 @@ static void pack_rows(const Matrix& m, int64_t row0, int64_t depth, int64_t colu
   }
 }
 
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+// to[i * ld + j] = line[j][d + i] for i, j < 8
+LK_INLINE void turn8(const float* const* line, int64_t d, float* to, int64_t ld) {
+  __m256 a[8], b[8];
+  for (int j = 0; j < 8; ++j) a[j] = _mm256_loadu_ps(line[j] + d);
+  for (int j = 0; j < 8; j += 2) b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
+  for (int j = 0; j < 8; j += 4) {
+    a[j] = _mm256_shuffle_ps(b[j], b[j + 2], 0x44), a[j + 1] = _mm256_shuffle_ps(b[j], b[j + 2], 0xee);
+    a[j + 2] = _mm256_shuffle_ps(b[j + 1], b[j + 3], 0x44), a[j + 3] = _mm256_shuffle_ps(b[j + 1], b[j + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#endif
+
 // panel[d * ld + c] = m[row0 + c, column0 + d] for c < rows, zero up to width; lines: scratch for TURN * depth floats
 constexpr int64_t TURN = 8;
 static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t depth, int64_t width,
@@ -169,21 +188,29 @@ static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t col
   }
   for (int64_t c = 0; c < width; c += TURN) {
     const int64_t some = smaller(TURN, width - c);
+    const float* line[TURN];
     for (int64_t i = 0; i < some; ++i) {
-      if (c + i < rows)
-        load_row_any(m, row0 + c + i, column0, depth, lines + i * depth);
-      else
+      line[i] = lines + i * depth;
+      if (c + i >= rows)
         memset(lines + i * depth, 0, depth * sizeof *lines);
+      else if (m.dtype == DType::f32 && m.col_stride == 1)
+        line[i] = static_cast<const float*>(m.data) + (row0 + c + i) * m.row_stride + column0;
+      else
+        load_row_any(m, row0 + c + i, column0, depth, lines + i * depth);
     }
-    for (int64_t d = 0; d < depth; ++d)
-      for (int64_t i = 0; i < some; ++i) panel[d * ld + c + i] = lines[i * depth + d];
+    int64_t d = 0;
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+    for (; some == TURN && d + TURN <= depth; d += TURN) turn8(line, d, panel + d * ld + c, ld);
+#endif
+    for (; d < depth; ++d)
+      for (int64_t i = 0; i < some; ++i) panel[d * ld + c + i] = line[i][d];
   }
 }
 
 template <DType dtype>
 static void store_row(const Matrix& m, int64_t row, int64_t column, int64_t count, const float* from, float factor) {
   using E = Element<dtype>;
-  typename E::type* to = static_cast<typename E::type*>(m.data) + row * m.row_stride + column;
+  typename E::type* to = static_cast<typename E::type*>(m.data) + place(m, row) * m.row_stride + column;
   int64_t c = 0;
   for (; c + VL <= count; c += VL) E::put(to + c, mul(load(from + c), broadcast(factor)));
   if (c < count) {

@@ -98,3 +98,34 @@ def nf4_linear_lowrank(
     if u is not None:
         module().add_lowrank(*native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
     return y
+
+
+# -- many adapters ---------------------------------------------------------------------------------------------------------------
+
+
+def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere, in C++."""
+    E, R, K = A.shape
+    u = x.new_zeros(x.shape[0], R, dtype=torch.float32)
+    module().multi_lowrank_down(native.segments(E, R, order, starts, ranks, seed, thresholds), K, native.matrix(x), native.stack(A), native.matrix(u))
+    return u
+
+
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in C++; other rows are not touched."""
+    E, N, R = B.shape
+    module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, seed, thresholds, scaling), N, native.matrix(y), native.matrix(u), native.stack(B))
+
+
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+    """du, dA and dB of every adapter, each one's rows in their order, in C++."""
+    E, N, R = B.shape
+    K = 0 if x is None else x.shape[1]
+    du = dy.new_zeros(dy.shape[0], R, dtype=torch.float32)
+    dA = None if x is None else dy.new_zeros(E, R, K, dtype=dtype)
+    dB = None if u is None else dy.new_zeros(E, N, R, dtype=dtype)
+    module().multi_lowrank_grad(
+        native.segments(E, R, order, starts, ranks, seed, thresholds, scaling), N, K,
+        native.matrix(dy), native.matrix(x), native.matrix(u), native.stack(B), native.matrix(du), native.stack(dA), native.stack(dB),
+    )  # fmt: skip
+    return du, *(dy.new_empty(0, dtype=dtype) if t is None else t for t in (dA, dB))

@@ -6,7 +6,7 @@ import torch
 
 from . import native, triton
 from .nf4_path import FEW, FUSED, nf4_path
-from .reference import base_product, nf4_product
+from .reference import base_product, multi_add_lowrank, multi_lowrank_down, multi_lowrank_grad, nf4_product  # noqa: F401: many adapters have no kernels here yet
 
 
 @functools.lru_cache(maxsize=None)

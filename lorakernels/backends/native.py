@@ -111,3 +111,20 @@ def lowrank_down_groups(A, u, seed):
         ranks = sum(a.shape[0] for a in some)
         yield some, u[:, column : column + ranks], None if seed is None else seed[i : i + MAX_PARTS]
         column += ranks
+
+
+# -- many adapters ---------------------------------------------------------------------------------------------------------------
+
+
+def address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def segments(E, R, order, starts, ranks, seed, thresholds, scaling=None):
+    """Segmented in csrc/bindings/arguments.h."""
+    return (E, R, *map(address, (order, starts, ranks, seed, thresholds, scaling)))
+
+
+def stack(tensor):
+    """Stacked in csrc/bindings/arguments.h, of (E, rows, columns)."""
+    return ((0, 0, 0, 0), 0) if tensor is None else ((tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride()[1:]), tensor.stride(0))

@@ -140,3 +140,70 @@ def nf4_linear_lowrank(
     weight = (packed, absmax, nested, N, K, blocksize, nested_blocksize)
     y = nf4_product(x, (N, K), turned, bias, lambda n0, k0, out: out.copy_(dequantize_nf4(*weight, n0, k0, *out.shape, out.dtype)), SLAB)
     return y if u is None else _add(y, u, v, scaling, lowrank_bias, seed, dropout_p)
+
+
+# -- many adapters ---------------------------------------------------------------------------------------------------------------
+#
+# order (M,) holds the rows sorted by adapter; those of adapter e are order[starts[e] : starts[e + 1]], what lies outside of all
+# has none. u and du have their rows in that order. Adapter e uses its first ranks[e] ranks of the stacks A (E,R,K) and B (E,N,R),
+# scaling[e], and drops where a lane lies below thresholds[e]. seed, ranks and scaling may be None.
+
+
+def segments(order, starts, ranks, R):
+    """(adapter, its rows of x, their places in u, its rank) of each adapter that has rows."""
+    bounds = starts.tolist()
+    used = [R] * (len(bounds) - 1) if ranks is None else ranks.tolist()
+    for e, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        if end > begin:
+            yield e, order[begin:end], slice(begin, end), used[e]
+
+
+def _dropped(x, rows, seed, thresholds, e):
+    """drop() of some rows of a matrix x, whose mask is drawn for all."""
+    p = 0.0 if seed is None else thresholds[e].item() / dropout.LANES
+    some = x[rows].to(accumulator(x.dtype))
+    if not p:
+        return some
+    return torch.where(dropout.keep_mask(seed, *x.shape, p)[rows], some * dropout.scale(p), some.new_zeros(()))
+
+
+def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere: a torch product for each adapter."""
+    dtype = accumulator(x.dtype)
+    u = x.new_zeros(x.shape[0], A.shape[1], dtype=dtype)
+    for e, rows, places, rank in segments(order, starts, ranks, A.shape[1]):
+        u[places, :rank] = product(_dropped(x, rows, seed, thresholds, e), A[e, :rank].t(), dtype)
+    return u
+
+
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place; other rows are not touched."""
+    for e, rows, places, rank in segments(order, starts, ranks, B.shape[2]):
+        delta = product(u[places, :rank], B[e, :, :rank].t(), u.dtype)
+        if seed is not None:
+            whole = delta.new_zeros(y.shape).index_copy_(0, rows, delta)
+            delta = _dropped(whole, rows, seed, thresholds, e)
+        if scaling is not None:
+            delta *= scaling[e]
+        y[rows] = (y[rows].to(u.dtype) + delta).to(y.dtype)
+
+
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+    """du = scaling_e * dy B_e, dA_e = du^T drop(x), dB_e = scaling_e * dy^T u over each adapter's rows: torch products.
+
+    du (M,R) is float32; dA (E,R,K) and dB (E,N,R) are rounded once to dtype, zero where nothing adds to them. Without x no
+    dA, without u no dB: an empty tensor stands in their place.
+    """
+    (E, N, R), wide = B.shape, accumulator(dy.dtype)
+    du = dy.new_zeros(dy.shape[0], R, dtype=wide)
+    dA = dy.new_zeros((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
+    dB = dy.new_zeros((0,) if u is None else (E, N, R), dtype=dtype)
+    for e, rows, places, rank in segments(order, starts, ranks, R):
+        scale = 1.0 if scaling is None else scaling[e]
+        some = dy[rows].to(wide)
+        du[places, :rank] = product(some, B[e, :, :rank], wide).mul_(scale)
+        if x is not None:
+            dA[e, :rank] = product(du[places, :rank].t(), _dropped(x, rows, seed, thresholds, e), wide)
+        if u is not None:
+            dB[e, :, :rank] = product(some.t(), u[places, :rank], wide).mul_(scale)
+    return du, dA, dB

@@ -1,0 +1,111 @@
+"""The operators of many adapters in one batch, the autograd.Function over them, and the order of rows that they work in.
+
+M rows of x (tokens), E adapters of at most R ranks; A (E,R,K), B (E,N,R). `order` and the rest: backends/reference.py.
+"""
+
+import torch
+
+from . import flops
+from .backends.reference import accumulator
+from .ops import cast, primitive, product, refuse_second_derivatives, rows
+
+
+@primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? ranks, Tensor? seed, Tensor? thresholds) -> Tensor")
+def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+    return x.new_empty(x.shape[0], A.shape[1], dtype=accumulator(x.dtype))  # u (M,R), in the order of the adapters
+
+
+@primitive(
+    "multi_add_lowrank(Tensor(a!) y, Tensor u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? ranks, Tensor? seed,"
+    " Tensor? thresholds) -> ()"
+)
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
+    return None
+
+
+@primitive(
+    "multi_lowrank_grad(Tensor dy, Tensor? x, Tensor? u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? ranks, Tensor? seed,"
+    " Tensor? thresholds, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+)
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+    E, N, R = B.shape
+    du = dy.new_empty(dy.shape[0], R, dtype=accumulator(dy.dtype))
+    dA = dy.new_empty((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
+    dB = dy.new_empty((0,) if u is None else (E, N, R), dtype=dtype)
+    return du, dA, dB
+
+
+def route(ids, E):
+    """(order (M,), starts (E + 1,)) of adapter ids (M,): rows sorted by adapter, each adapter's in their own order, and where
+    each adapter's begin. Nothing is read on the host, and sizes depend on shapes alone."""
+    ordered, order = torch.sort(ids, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
+
+
+def base(x, W, scales, turned, bias):
+    """x W^T + bias, or x W where turned: what F.linear computes, bit for bit, where W is dense."""
+    if scales is not None:
+        return product(x, W, scales, turned, None, None, 1.0, bias, None, None, 0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, W.t() if turned else W, bias)
+
+
+class MultiLoraLinear(torch.autograd.Function):
+    """y = x W^T + bias + s_e u B_e^T, u = drop(x) A_e^T, for each row's adapter e
+
+    du = s_e dy B_e, dx = dy W + drop'(du A_e), dB_e = s_e dy^T u, dA_e = du^T drop(x): over the rows of adapter e alone.
+    Kept for backward: x as given, u, the seed, the order of rows and the parameters.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, bias, scaling, order, starts, ranks, seed, thresholds, dtype, absmax, nested, format):
+        y, u = forward(x, W, A, B, bias, scaling, order, starts, ranks, seed, thresholds, dtype, absmax, nested, format)
+        keep_x = A.requires_grad or W.requires_grad
+        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, scaling, order, starts, ranks, seed, thresholds, absmax, nested)
+        ctx.dtype, ctx.format, ctx.x_shape, ctx.x_dtype = dtype, format, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivatives()
+        x, W, A, B, u, scaling, order, starts, ranks, seed, thresholds, absmax, nested = ctx.saved_tensors
+        need_x, need_W, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        dtypes = W.dtype, A.dtype, B.dtype
+        x, W, A, B = cast(ctx.dtype, x, W, A, B)
+        dy = rows(dy)
+        x = None if x is None else rows(x)
+        dx = dW = dA = dB = dbias = None
+        segments = (order, starts, ranks, seed, thresholds)
+        if need_x or need_A or need_B:
+            du, dA, dB = multi_lowrank_grad(dy, x if need_A else None, u if need_B else None, B, scaling, *segments, dtypes[1])
+            dA, dB = dA if need_A else None, dB.to(dtypes[2]) if need_B else None
+        if need_x:
+            dx = base(dy, W, None if absmax is None else (absmax, nested, ctx.format), True, None)
+            multi_add_lowrank(dx, du, A.transpose(1, 2), None, *segments)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        if need_W:
+            with torch.autocast(dy.device.type, enabled=False):
+                dW = torch.mm(dy.t(), x).to(dtypes[0])
+        if need_bias:
+            dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+        return dx, dW, dA, dB, dbias, *[None] * 10
+
+
+def forward(x, W, A, B, bias, scaling, order, starts, ranks, seed, thresholds, dtype, absmax, nested, format):
+    """y and u."""
+    x, W, A, B, bias = cast(dtype, x, W, A, B, bias)
+    x_rows = rows(x)
+    y = base(x_rows, W, None if absmax is None else (absmax, nested, format), False, bias)
+    u = multi_lowrank_down(x_rows, A, order, starts, ranks, seed, thresholds)
+    multi_add_lowrank(y, u, B, scaling, order, starts, ranks, None, None)
+    return y.view(*x.shape[:-1], y.shape[1]), u
+
+
+def multi_lora_linear(x, W, A, B, bias, *rest):
+    """MultiLoraLinear, without the Function where no gradient can be asked for."""
+    if not torch.compiler.is_compiling():
+        flops.register()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, A, B, bias)):
+        return MultiLoraLinear.apply(x, W, A, B, bias, *rest)
+    return forward(x, W, A, B, bias, *rest)[0]
