@@ -104,8 +104,8 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
 
     dtypes and autocast: as lora_linear. Gradients for x, weight, lora_A, lora_B and bias, contiguous; zeros for adapters that no
     row names. A row's result does not depend on the adapters of the rows beside it; without an adapter it is F.linear's.
-    check_ids: ids out of range raise: "sync" and "async" before anything runs (what "async" need not wait for on a GPU, where
-    there are no kernels for many adapters yet); "off": such rows have no adapter.
+    check_ids: ids out of range raise before anything runs, on a GPU too, where that waits for the device ("async" allows a later
+    error, and does not use that yet); "off": nothing is read, and such rows have no adapter.
 
     Raises TypeError or ValueError naming the argument, before any kernel.
     """

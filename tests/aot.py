@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 import triton.language as tl
 
-from lorakernels.backends.triton import kernels, language, matmul, mode, nf4, nf4_matmul, terms, tiles
+from lorakernels.backends.triton import kernels, language, matmul, mode, multi, nf4, nf4_matmul, terms, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -54,7 +54,7 @@ class Job:
                 self.signature[name] = "constexpr"
                 continue
             self.signature[name] = pointers.get(name, "fp32" if name in FLOATS else "i32")
-            if self.signature[name].startswith("*") or (self.signature[name] == "i32" and name not in ("R", "threshold", "block_shift")):
+            if self.signature[name].startswith("*") or (self.signature[name] == "i32" and name not in ("R", "E", "threshold", "block_shift")):
                 self.attrs[(i,)] = [["tt.divisibility", 16]]
         made = " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in {**self.constants, **self.options}.items() if not name.startswith("stride"))
         self.name = f"{kernel.__name__} {DTYPES[base][1]}+{DTYPES[adapter][1]} {made}"
@@ -100,6 +100,20 @@ def jobs():
                 yield Job(kernels.lowrank_grad_up, base, adapter, tile, {"dy": f"*{x}", "u": "*fp32", "B": f"*{a}", "du": "*fp32", "dB_parts": "*fp32"},
                           named | {"NEED_DU": need_du, "NEED_DB": need_dB, "Y_TERMS": terms(base)}, ("stride_yn", "stride_br"),
                           common=need_du and need_dB and tile in sides(every))  # fmt: skip
+    routed = {"order": "*i64", "starts": "*i64", "tiles": "*i64", "ranks": "*i64", "seed": "*i64", "thresholds": "*i32", "scaling": "*fp32"}
+    for base, adapter in MIXES:
+        (_, x), (_, a), half = DTYPES[base], DTYPES[adapter], base != torch.float32
+        for dropout, scaled in ((True, False), (False, True)):
+            shared = {"HAS_RANKS": True, "DROPOUT": dropout, "SCALED": scaled, "MODE": mode(base, adapter)}
+            for tile in (every := tiles.every_multi_down(half)):
+                for turned in (False, True) if scaled else (False,):  # du walks B with its ranks side by side
+                    yield Job(multi.multi_down, base, adapter, tile, routed | {"x": f"*{x}", "A": f"*{a}", "u": "*fp32"}, shared | {"X_TERMS": terms(base), "STEPS": 7},
+                              ("stride_xk", "stride_ar" if turned else "stride_ak"), common=tile == every[-1] and turned == scaled)  # fmt: skip
+            for tile in (every := tiles.every_multi_add(half)):
+                yield Job(multi.multi_add, base, adapter, tile, routed | {"y": f"*{x}", "u": "*fp32", "B": f"*{a}"}, shared | {"STEPS": 7},
+                          ("stride_bn" if dropout else "stride_br",), common=tile == every[-1])  # fmt: skip
+            yield Job(multi.multi_outer, base, adapter, tiles.multi_outer(half), routed | {"small": "*fp32", "large": f"*{x}", "out": f"*{a}"},
+                      shared | {"DTYPE": DTYPES[adapter][0], "L_TERMS": terms(base)}, ("stride_lk", "stride_or" if scaled else "stride_ok"))  # fmt: skip
     for base, adapter in MIXES[1:]:
         (_, x), (_, a) = DTYPES[base], DTYPES[adapter]
         usual = (base, adapter) == MIXES[1]
@@ -150,7 +164,7 @@ def measure(compiled, target):
 
 
 def source_hash():
-    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul, nf4, nf4_matmul)) + Path(__file__).read_text() + triton.__version__
+    text = "".join(Path(module.__file__).read_text() for module in (kernels, language, matmul, multi, nf4, nf4_matmul)) + Path(__file__).read_text() + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

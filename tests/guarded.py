@@ -41,6 +41,15 @@ def layers(M, N, K, R, dtype):
             functional.nf4_linear(x, weight, bias) if weight is not W else None
 
 
+def many(M, N, K, R, dtype):
+    x, dy, W = (guarded(torch.randn(*shape).to(dtype)) for shape in ((M, K), (M, N), (N, K)))
+    A, B, ids = guarded(torch.randn(3, R, K)), guarded(torch.randn(3, N, R)), guarded(torch.arange(M) % 4 - 1)
+    ranks, scaling = guarded(torch.tensor([1, R, (R + 1) // 2])), guarded(torch.ones(3))
+    for p in (0.0, [0.0, 0.4, 0.7]):
+        leaves = [t.requires_grad_() for t in (x, A, B)]
+        functional.multi_lora_linear(leaves[0], W, leaves[1], leaves[2], ids, scaling, ranks=ranks, dropout_p=p).backward(dy)
+
+
 def main(which, module=None):
     if which == "emulated":
         spec = importlib.util.spec_from_file_location("_cuda_emulated", module)
@@ -52,6 +61,8 @@ def main(which, module=None):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for M, N, K, R in ((1, 16, 64, 8), (4, 24, 136, 3), (16, 40, 192, 16), (5, 17, 75, 2), (33, 9, 7, 1), (37, 64, 128, 20)):
             layers(M, N, K, R, dtype)
+            if which == "cpu":
+                many(M, N, K, R, dtype)
     print("nothing behind an end was touched")
 
 

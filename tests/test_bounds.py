@@ -39,6 +39,7 @@ def test_emulated_cuda_kernels():
 FAULTS = [
     ("nf4_linear.cu", "n < w.N && k < w.K ?", "n < w.N ?"),
     ("nf4_linear.cu", "n < w.N && k < w.K ?", "k < w.K ?"),
+    ("nf4_linear.cu", "m < M && k < K)", "m < M)"),
     ("nf4_linear.cu", "at < count ? w.packed", "at < 16 ? w.packed"),
     ("nf4_linear.cu", "if (row < w.N && column < K) {", "if (column < K) {"),
     ("nf4.cu", "j < RUN && column + j < p.columns", "j < RUN"),

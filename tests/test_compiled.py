@@ -32,6 +32,7 @@ def hold(kernels, target):
     assert {kernel["name"].partition(" ")[0] for kernel in kernels} == {
         "lowrank_down", "add_lowrank", "linear_lowrank", "lowrank_grad_up", "lowrank_grad_down", "sum_parts",
         "dequantize_nf4", "quantize_nf4", "nf4_linear_lowrank",
+        "multi_down", "multi_add", "multi_outer",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel

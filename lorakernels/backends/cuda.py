@@ -4,9 +4,9 @@ import functools
 
 import torch
 
-from . import native, triton
+from . import native, reference, triton
 from .nf4_path import FEW, FUSED, nf4_path
-from .reference import base_product, multi_add_lowrank, multi_lowrank_down, multi_lowrank_grad, nf4_product  # noqa: F401: many adapters have no kernels here yet
+from .reference import base_product, nf4_product
 
 
 @functools.lru_cache(maxsize=None)
@@ -113,3 +113,25 @@ def nf4_linear_lowrank(
     if u is not None:
         launch("add_lowrank", y, native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p))
     return y
+
+
+# -- many adapters: Triton's kernels, or plain torch where there is no Triton ------------------------------------------------------
+
+
+def _many(tensor):
+    return triton if triton.why_not(tensor.device.type, tensor.dtype) is None else reference
+
+
+def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, by the triton backend."""
+    return _many(x).multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds)
+
+
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, by the triton backend."""
+    return _many(y).multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds)
+
+
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+    """du, dA and dB of every adapter, by the triton backend."""
+    return _many(dy).multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype)

@@ -13,7 +13,7 @@ from ... import dropout
 from ...nf4 import floats_of
 from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
 from ..nf4_path import SLABS, nf4_path
-from ..reference import base_product, multi_add_lowrank, multi_lowrank_down, multi_lowrank_grad, nf4_product  # noqa: F401: many adapters have no kernels here yet
+from ..reference import base_product, nf4_product
 
 
 def why_not(device_type, dtype):
@@ -316,3 +316,88 @@ def nf4_linear_lowrank_fused(
             **tile._asdict(),
         )  # fmt: skip
     return y
+
+
+# -- many adapters ---------------------------------------------------------------------------------------------------------------
+
+
+def tiles_of(starts, M, block):
+    """(how many tiles of `block` rows the adapters up to each have, the most that there can be): nothing is read on the host."""
+    counts = starts[1:] - starts[:-1]
+    return ((counts + (block - 1)) // block).cumsum(0), M // block + min(len(counts), M)
+
+
+def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere, in Triton."""
+    u = x.new_zeros(x.shape[0], A.shape[1], dtype=torch.float32)
+    return _multi_down(x, A, None, order, starts, ranks, seed, thresholds, u)
+
+
+def _multi_down(x, A, scaling, order, starts, ranks, seed, thresholds, u):
+    from . import multi, tiles
+
+    (M, K), (E, R, _) = x.shape, A.shape
+    if M == 0:
+        return u
+    tile = tiles.multi_down(M, E, R, x.dtype != torch.float32)
+    ends, most = tiles_of(starts, M, tile.BLOCK_M)
+    with on_device(x):
+        multi.multi_down[(most, -(-R // tile.BLOCK_R))](
+            x, A, order, starts, ends, order if ranks is None else ranks, order if seed is None else seed,
+            order if seed is None else thresholds, u if scaling is None else scaling, u,
+            K, R, E,
+            *x.stride(), *A.stride(),
+            ranks is not None, seed is not None, scaling is not None, mode(x.dtype, A.dtype), terms(x.dtype), E.bit_length(),
+            **tile._asdict(),
+        )  # fmt: skip
+    return u
+
+
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in Triton; other rows are not touched."""
+    from . import multi, tiles
+
+    M, (E, N, R) = y.shape[0], B.shape
+    if M == 0:
+        return
+    tile = tiles.multi_add(M, E, R, y.dtype != torch.float32)
+    ends, most = tiles_of(starts, M, tile.BLOCK_M)
+    with on_device(y):
+        multi.multi_add[(most, -(-N // tile.BLOCK_N))](
+            y, u, B, order, starts, ends, order if ranks is None else ranks, order if seed is None else seed,
+            order if seed is None else thresholds, u if scaling is None else scaling,
+            N, R, E,
+            y.stride(0), *B.stride(),
+            ranks is not None, seed is not None, scaling is not None, mode(y.dtype, B.dtype), E.bit_length(),
+            **tile._asdict(),
+        )  # fmt: skip
+
+
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+    """du, dA and dB of every adapter in a launch each, an adapter's rows in their order, in Triton."""
+    E, N, R = B.shape
+    du = dy.new_zeros(dy.shape[0], R, dtype=torch.float32)
+    _multi_down(dy, B.transpose(1, 2), scaling, order, starts, ranks, None, None, du)
+    dA = dy.new_empty((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
+    dB = dy.new_empty((0,) if u is None else (E, N, R), dtype=dtype)
+    if x is not None:
+        _multi_outer(du, x, None, order, starts, ranks, seed, thresholds, dA, B.dtype)
+    if u is not None:
+        _multi_outer(u, dy, scaling, order, starts, ranks, None, None, dB.transpose(1, 2), B.dtype)
+    return du, dA, dB
+
+
+def _multi_outer(small, large, scaling, order, starts, ranks, seed, thresholds, out, adapter):
+    from . import multi, tiles
+
+    E, R, K = out.shape
+    tile = tiles.multi_outer(large.dtype != torch.float32)
+    with on_device(large):
+        multi.multi_outer[(-(-K // tile.BLOCK_K), E, -(-R // tile.BLOCK_R))](
+            small, large, order, starts, order if ranks is None else ranks, order if seed is None else seed,
+            order if seed is None else thresholds, small if scaling is None else scaling, out,
+            K, R,
+            *large.stride(), *out.stride(),
+            ranks is not None, seed is not None, scaling is not None, mode(large.dtype, adapter), element(adapter), terms(large.dtype),
+            **tile._asdict(),
+        )  # fmt: skip

@@ -170,6 +170,33 @@ def every_nf4_linear_lowrank():
     return [nf4_linear_lowrank(M) for M in (16, 32, 64, 128)]
 
 
+# Many adapters: tiles of 16 rows where an adapter has few of them (shapes tell no more than their average), of 32 else; more would be
+# padding. Their other sizes are those of one adapter's kernels.
+
+
+def multi_down(M, E, R, half):
+    few = M <= 16 * E
+    if half:
+        return DownTile(16, 64, 16, 2, 2) if few else DownTile(32, 64, 16, 4, 2)  # 32 ranks spill on sm_90
+    return DownTile(16 if few else 32, 32, _power_of_two(R, 16, 32), 4, 2)
+
+
+def every_multi_down(half):
+    return sorted({multi_down(M, 8, R, half) for M, R in itertools.product((8, 4096), (16, 32))})
+
+
+def multi_add(M, E, R, half):
+    return add_lowrank(16 if M <= 16 * E else 32, 4096, R, half)
+
+
+def every_multi_add(half):
+    return sorted({multi_add(M, 8, R, half) for M, R in itertools.product((8, 4096), (16, 32))})
+
+
+def multi_outer(half):
+    return GradDownTile(32, 64, 16, 4, 2) if half else GradDownTile(32, 32, 16, 4, 2)
+
+
 class MatmulTile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
