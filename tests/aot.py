@@ -117,16 +117,16 @@ def jobs():
     for base, adapter in MIXES[1:]:
         (_, x), (_, a) = DTYPES[base], DTYPES[adapter]
         usual = (base, adapter) == MIXES[1]
-        for turned, nested, whole, lowrank in itertools.product((False, True), repeat=4):
-            if not (nested and whole and lowrank) and not usual:
+        for turned, nested, lowrank in itertools.product((False, True), repeat=3):
+            if not (nested and lowrank) and not usual:
                 continue  # how a weight is decoded does not meet the adapter
             for tile in (every := tiles.every_nf4_linear_lowrank()):
                 yield Job(nf4_matmul.nf4_linear_lowrank, base, adapter, tile,
                           {"x": f"*{x}", "packed": "*u8", "absmax": "*u8" if nested else "*fp32", "nested": "*fp32", "u": "*fp32", "v": f"*{a}",
                            "bias": f"*{x}", "lowrank_bias": f"*{a}", "seed": "*i64", "y": f"*{x}"},
                           {"HAS_LOWRANK": lowrank, "HAS_BIAS": not turned, "HAS_LOWRANK_BIAS": lowrank and not turned, "DROPOUT": lowrank and turned,
-                           "MODE": mode(base, adapter), "NESTED": nested, "WHOLE": whole, "TURNED": turned},
-                          ("stride_xk", "stride_vr"), common=usual and nested and whole and lowrank and tile in (every[0], every[-1]))  # fmt: skip
+                           "MODE": mode(base, adapter), "NESTED": nested, "TURNED": turned},
+                          ("stride_xk", "stride_vr"), common=usual and nested and lowrank and tile in (every[0], every[-1]))  # fmt: skip
     for dtype in DTYPES:
         yield Job(kernels.sum_parts, torch.float32, dtype, tiles.sum_parts(), {"A_parts": "*fp32", "B_parts": "*fp32", "dA": f"*{DTYPES[dtype][1]}", "dB": f"*{DTYPES[dtype][1]}"}, {})
 

@@ -26,4 +26,4 @@ def nf4_path(M, N, K, dtype, architecture, turned):
         return SLABS  # its products run on plain FMA, of which a fused one has no more
     if M <= FEW_ROWS and not turned and isinstance(architecture, tuple):
         return FEW
-    return FUSED if M <= FUSED_ROWS else SLABS
+    return FUSED if M <= FUSED_ROWS and K % 32 == 0 else SLABS  # where blocks begin within a row, tiles' scales spill registers

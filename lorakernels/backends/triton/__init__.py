@@ -293,7 +293,8 @@ def architecture(tensor):
 def nf4_linear_lowrank_fused(
     x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
 ):  # fmt: skip
-    """linear_lowrank with W in NF4 as one product of half precision, rounded once: tiles of W are decoded on their way to it."""
+    """linear_lowrank with W in NF4 as one product of half precision, rounded once: tiles of W are decoded on their way to it. K is a multiple
+    of 32."""
     from . import nf4_matmul, tiles
 
     M, columns = x.shape[0], K if turned else N
@@ -312,7 +313,7 @@ def nf4_linear_lowrank_fused(
             *x.stride(), 0 if u is None else u.stride(0), *((0, 0) if u is None else v.stride()),
             0 if bias is None else bias.stride(0), 0 if lowrank_bias is None else lowrank_bias.stride(0), y.stride(0),
             u is not None, bias is not None, lowrank_bias is not None, seed is not None, 0 if u is None else mode(x.dtype, v.dtype),
-            nested is not None, K % 32 == 0, turned,
+            nested is not None, turned,
             **tile._asdict(),
         )  # fmt: skip
     return y

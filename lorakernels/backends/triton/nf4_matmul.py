@@ -11,30 +11,19 @@ from .nf4 import code_values, scales
 @triton.jit
 def weight_tile(
     packed, absmax, nested, row, column0, rows, width, half_width, block_shift, nested_blocksize,
-    NESTED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """code * absmax, float32, of rows `row` (ROWS,) and COLUMNS columns from column0 on (even); zero outside of the weight.
-
-    WHOLE: width is a multiple of 32, as blocks are: a byte is of one row and 32 neighbours are of one block.
-    """
+    """code * absmax, float32, of rows `row` (ROWS,) and COLUMNS columns from column0 on ; zero outside of the weight. width and
+    column0 are multiples of 32, as blocks are: a byte is of one row and 32 neighbours are of one block."""
     in_row = row < rows
-    if WHOLE:
-        pair = column0 // 2 + tl.arange(0, COLUMNS // 2)
-        byte = tl.load(packed + row[:, None] * half_width + pair[None, :], mask=in_row[:, None] & (pair < half_width)[None, :], other=0).to(tl.int32)
-        codes = tl.join(code_values(byte >> 4), code_values(byte & 15))
-        group = column0 + 32 * tl.arange(0, COLUMNS // 32)
-        inside = in_row[:, None] & (group < width)[None, :]
-        scale = scales(absmax, nested, (row[:, None] * width + group[None, :]) >> block_shift, inside, nested_blocksize, NESTED)
-        scale = tl.where(inside, scale, 0.0)
-        return tl.reshape(tl.reshape(codes, [ROWS, COLUMNS // 32, 32]) * scale[:, :, None], [ROWS, COLUMNS])
-    else:
-        column = column0 + tl.arange(0, COLUMNS)
-        inside = in_row[:, None] & (column < width)[None, :]
-        element = row[:, None] * width + column[None, :]
-        byte = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = scales(absmax, nested, element >> block_shift, inside, nested_blocksize, NESTED)
-        return tl.where(inside, code_values(code) * scale, 0.0)
+    pair = column0 // 2 + tl.arange(0, COLUMNS // 2)
+    byte = tl.load(packed + row[:, None] * half_width + pair[None, :], mask=in_row[:, None] & (pair < half_width)[None, :], other=0).to(tl.int32)
+    codes = tl.join(code_values(byte >> 4), code_values(byte & 15))
+    group = column0 + 32 * tl.arange(0, COLUMNS // 32)
+    inside = in_row[:, None] & (group < width)[None, :]
+    scale = scales(absmax, nested, (row[:, None] * width + group[None, :]) >> block_shift, inside, nested_blocksize, NESTED)
+    scale = tl.where(inside, scale, 0.0)
+    return tl.reshape(tl.reshape(codes, [ROWS, COLUMNS // 32, 32]) * scale[:, :, None], [ROWS, COLUMNS])
 
 
 @triton.jit
@@ -49,7 +38,7 @@ def nf4_linear_lowrank(
     stride_xm, stride_xk, stride_um, stride_vn, stride_vr, stride_bias, stride_lowrank_bias, stride_ym,
     # what the kernel is made for
     HAS_LOWRANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOWRANK_BIAS: tl.constexpr, DROPOUT: tl.constexpr, MODE: tl.constexpr,
-    NESTED: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr,
+    NESTED: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] w[n, k] + bias[n] + scaling * (drop'(sum_r u[m, r] v[n, r]) + lowrank_bias[n])
@@ -77,9 +66,9 @@ def nf4_linear_lowrank(
         k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
         x_tile = tl.load(x + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=in_m[:, None] & (k < K)[None, :], other=0.0)
         if TURNED:
-            w_tile = weight_tile(packed, absmax, nested, k, n0, rows, width, half_width, block_shift, nested_blocksize, NESTED, WHOLE, BLOCK_K, BLOCK_N)
+            w_tile = weight_tile(packed, absmax, nested, k, n0, rows, width, half_width, block_shift, nested_blocksize, NESTED, BLOCK_K, BLOCK_N)
         else:
-            w_tile = weight_tile(packed, absmax, nested, n, k0, rows, width, half_width, block_shift, nested_blocksize, NESTED, WHOLE, BLOCK_N, BLOCK_K).T
+            w_tile = weight_tile(packed, absmax, nested, n, k0, rows, width, half_width, block_shift, nested_blocksize, NESTED, BLOCK_N, BLOCK_K).T
         acc = tl.dot(x_tile, w_tile.to(x.dtype.element_ty), acc)
     if HAS_LOWRANK_BIAS:
         acc += scaling * tl.load(lowrank_bias + n * stride_lowrank_bias, mask=in_n, other=0.0).to(tl.float32)[None, :]

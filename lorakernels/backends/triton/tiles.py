@@ -162,8 +162,9 @@ class FusedTile(NamedTuple):
 
 
 def nf4_linear_lowrank(M):
-    """The fused product with an NF4 weight: as many rows as there are share a decoded tile, up to 128."""
-    return FusedTile(_power_of_two(M, 16, 128), 64, 64, 16, 8, 8 if M > 64 else 4, 2)
+    """The fused product with an NF4 weight: as many rows as there are share a decoded tile, up to 128. With those a depth of
+    64 spills, on sm_80 with two stages, on sm_100 with one."""
+    return FusedTile(128, 64, 32, 16, 8, 8, 2) if M > 64 else FusedTile(_power_of_two(M, 16, 64), 64, 64, 16, 8, 4, 2)
 
 
 def every_nf4_linear_lowrank():
