@@ -12,7 +12,7 @@ import torch
 from ... import dropout
 from ...nf4 import floats_of
 from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
-from ..nf4_path import SLABS, nf4_path
+from ..nf4_path import FEW, FUSED, nf4_path
 from ..reference import base_product, nf4_product
 
 
@@ -272,7 +272,8 @@ def nf4_linear_lowrank(
 ):  # fmt: skip
     """linear_lowrank with W in NF4, in Triton: one product where rows are few; else a slab at a time decoded in Triton and
     multiplied by torch, then the low-rank term in place."""
-    if nf4_path(x.shape[0], N, K, x.dtype, architecture(x), turned) != SLABS:
+    path = nf4_path(x.shape[0], N, K, x.dtype, architecture(x), turned)
+    if path == FUSED or (path == FEW and K % 32 == 0):  # few rows have no form of their own here
         return nf4_linear_lowrank_fused(
             x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
         )  # fmt: skip
