@@ -178,7 +178,7 @@ def every_nf4_linear_lowrank():
 def multi_down(M, E, R, half):
     few = M <= 16 * E
     if half:
-        return DownTile(16, 64, 16, 2, 2) if few else DownTile(32, 64, 16, 4, 2)  # 32 ranks spill on sm_90
+        return DownTile(16, 64, 16, 2, 2)  # 32 rows spill on sm_100, 32 ranks on sm_90
     return DownTile(16 if few else 32, 32, _power_of_two(R, 16, 32), 4, 2)
 
 
@@ -195,7 +195,7 @@ def every_multi_add(half):
 
 
 def multi_outer(half):
-    return GradDownTile(32, 64, 16, 4, 2) if half else GradDownTile(32, 32, 16, 4, 2)
+    return GradDownTile(32, 64, 16, 4, 1) if half else GradDownTile(32, 32, 16, 4, 2)  # two stages spill on sm_100
 
 
 class MatmulTile(NamedTuple):
