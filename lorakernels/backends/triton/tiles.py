@@ -151,20 +151,10 @@ def every_quantize_nf4():
     return [(blocksize, quantize_nf4(blocksize)) for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)]
 
 
-class FusedTile(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
-
-
 def nf4_linear_lowrank(M):
     """The fused product with an NF4 weight: as many rows as there are share a decoded tile, up to 128. With those a depth of
     64 spills, on sm_80 with two stages, on sm_100 with one."""
-    return FusedTile(128, 64, 32, 16, 8, 8, 2) if M > 64 else FusedTile(_power_of_two(M, 16, 64), 64, 64, 16, 8, 4, 2)
+    return MatmulTile(128, 64, 32, 16, 8, 8, 2) if M > 64 else MatmulTile(_power_of_two(M, 16, 64), 64, 64, 16, 8, 4, 2)
 
 
 def every_nf4_linear_lowrank():
