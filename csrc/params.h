@@ -11,7 +11,8 @@ struct Matrix {
   void* data;
   int64_t row_stride, col_stride;
   DType dtype;
-  const int64_t* index = nullptr;  // where it has data, row i is the one at index[i] (CPU kernels, of x, dy and y)
+  const int64_t* index = nullptr;      // where it has data, row i is the one at index[i] (CPU kernels: of x, dy, y and A)
+  const int64_t* col_index = nullptr;  // column j is the one at col_index[j] (CPU kernels: of B)
 };
 
 // The dropout mask that philox.h derives from the seed; threshold 0 means no dropout.
@@ -28,10 +29,11 @@ struct LowrankDown {
   struct Part {
     Matrix A;  // (R,K), any strides
     int64_t R;
+    int64_t column;  // of u, its first
   };
   int64_t M, K;
   Matrix x;  // any strides
-  Matrix u;  // float32, col_stride 1, the parts' columns one after the other
+  Matrix u;  // float32, col_stride 1
   int32_t parts;
   Part part[MAX_PARTS];
   Dropout dropout;
@@ -65,10 +67,14 @@ struct AddLowrank {
 };
 
 // Many adapters: rows order[starts[e]] to order[starts[e + 1]] of x, dy and y are adapter e's; other rows have none. u and du
-// have their rows in that order. A and B are stacks of E, a stride apart; adapter e uses its first ranks[e] ranks.
+// have their rows in that order; what lies behind the last adapter's has an id that is none. A and B are stacks of E, a stride
+// apart, or, with pages, rank rows that stand anywhere: rank r of adapter e is row pages[e * pages_stride + r] of A, and the
+// like column of B. Adapter e uses its first ranks[e] ranks.
 struct Segments {
   int64_t E, R;
   const int64_t *order, *starts, *ranks;  // ranks may be null: R each
+  const int64_t* pages;                   // may be null
+  int64_t pages_stride;
   const int64_t* seed;                    // null for no dropout
   const int32_t* thresholds;              // of each adapter: Dropout::threshold
   const float* scaling;                   // of each adapter; null for 1
@@ -77,15 +83,15 @@ struct Stack {
   Matrix first;
   int64_t stride;
 };
-struct MultiDown {
+struct MultiDown {  // with pages, A's rows hold `parts` rows each, A.first.row_stride apart; part i has ranks[i * E + e], and columns i * R of u
   Segments segments;
-  int64_t K;
+  int64_t K, parts;
   Matrix x, u;
   Stack A;
 };
-struct MultiAdd {
+struct MultiAdd {  // rows whose id is none become NaN
   Segments segments;
-  int64_t N;
+  int64_t M, N;
   Matrix y, u;
   Stack B;
 };

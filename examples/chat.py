@@ -73,11 +73,17 @@ def batches(encoded, size, seed, steps):
 
 
 def answer_loss(model, examples, pad):
-    """(summed negative log-likelihood of the answers, answer tokens, all tokens); logits only where an answer stands."""
+    """(summed negative log-likelihood of the answers, answer tokens, all tokens)."""
+    losses, counts = answer_losses(model, examples, pad)
+    return losses.sum(), int(counts.sum()), sum(len(prompt) + len(answer) for prompt, answer in examples)
+
+
+def answer_losses(model, examples, pad, **keywords):
+    """Of each example, the summed negative log-likelihood of its answer, and the answer's tokens; logits only where an answer stands."""
     device = next(model.parameters()).device
     ids, mask = pad_left([prompt + answer for prompt, answer in examples], pad, device)
     longest = max(len(answer) for _, answer in examples)
     labels, _ = pad_left([[-100] * (longest - len(a)) + list(a) for _, a in examples], -100, device)
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1, use_cache=False).logits[:, -longest - 1 : -1]
-    total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return total, int((labels != -100).sum()), int(mask.sum())
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1, use_cache=False, **keywords).logits[:, -longest - 1 : -1]
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape).sum(1), (labels != -100).sum(1)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from . import targets
 from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
 from .modules import Adapter, check_arguments
+from .multi_modules import MultiLoraLinear
 from .nf4_modules import NF4Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,15 +33,16 @@ INFORMATION = {
 # -- saving --------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model, directory):
-    """Write the model's adapters to `directory` as PEFT's files, which PEFT and load_adapter read.
+def save_adapter(model, directory, index=None):
+    """Write the model's adapters to `directory` as PEFT's files, which PEFT, load_adapter and AdapterPool.add read.
 
-    Biases that train go along. Raises ValueError where the model has no adapter, or where one was merged with
+    Biases that train go along. index: which adapter of a model with many (apply_multi_lora). Raises ValueError where the model has no adapter, or where one was merged with
     keep_base=False, or where layers differ in what PEFT's config holds once for all.
     """
     from safetensors.torch import save_file
 
-    layers, directory = dict(some_lora_layers(model)), _path(directory)
+    directory = _path(directory)
+    layers = dict(some_lora_layers(model)) if index is None else _one_of_many(model, index)
     spent = [name for name, layer in layers.items() if layer.merged and "_base_weight" not in layer._buffers]
     if spent:
         raise ValueError(f"model: {spent[0]} was merged with keep_base=False; its adapter is gone")
@@ -56,6 +59,26 @@ def save_adapter(model, directory):
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(directory / CONFIG, lambda path: path.write_text(config))
+
+
+def _one_of_many(model, index):
+    """{name: what a layer with that adapter alone has}."""
+    check_model(model)
+    many = {name: layer for name, layer in model.named_modules() if isinstance(layer, MultiLoraLinear)}
+    if not many:
+        raise ValueError("index: expected None, for the model has no MultiLoraLinear")
+    count = next(iter(many.values())).num_adapters
+    if type(index) is not int or not 0 <= index < count:
+        raise ValueError(f"index: expected an int from 0 to {count - 1}, got {index!r}")
+    layers = {}
+    for name, layer in many.items():
+        r = layer.ranks[index].item()
+        alpha = round(layer.scaling[index].item() * r, 6)
+        layers[name] = SimpleNamespace(
+            r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=layer.lora_dropout[index], use_rslora=False, init_lora_weights=True,
+            lora_A=layer.lora_A[index, :r], lora_B=layer.lora_B[index, :, :r], lora_bias=None, merged=False,
+        )  # fmt: skip
+    return layers
 
 
 def _path(directory):
@@ -91,7 +114,8 @@ def _config(model, layers):
     init = _common(layers, "init_lora_weights")
     biases = _trained_biases(model)
     own = {f"{name}.bias" for name in layers}
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))]
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear, MultiLoraLinear)) and name.removesuffix(".base") not in layers]
+    linears += layers
     return {
         "peft_type": "LORA",
         "r": r,
@@ -150,6 +174,23 @@ def load_adapter(model, directory):
     return list(adapters)
 
 
+def read_adapter(directory):
+    """(function from a module's name to its (r, lora_alpha, use_rslora), {module: {"lora_A.weight": tensor, ...}}) of a directory whose
+    adapter is its matrices alone: no biases, and a base as it came. Errors as load_adapter's."""
+    directory = _path(directory)
+    config = _read_config(directory / CONFIG)
+    adapters, biases = _read_weights(directory)
+    if biases:
+        raise ValueError(f"{directory / WEIGHTS}: {next(iter(biases))}: a bias that was trained goes with its own model alone")
+    if config["init_lora_weights"] in CHANGE_THE_BASE:
+        raise ValueError(f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} changed the base weights, which several adapters share here")
+    return lambda name: (*_rank_and_alpha(config, name), bool(config.get("use_rslora"))), adapters
+
+
+def _rank_and_alpha(config, name):
+    return targets.by_pattern(config.get("rank_pattern"), name, config["r"]), targets.by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+
+
 def _read_config(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; an adapter directory holds {CONFIG} and {WEIGHTS}")
@@ -195,8 +236,18 @@ def _read_weights(directory):
         tensors = load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    adapters, biases = sort_tensors(tensors, path)
+    if not adapters:
+        raise ValueError(f"{path}: it holds no LoRA tensors")
+    return adapters, biases
+
+
+def sort_tensors(tensors, path):
+    """What _read_weights returns, of tensors by PEFT's names; `path` is what errors speak of."""
     adapters, biases = {}, {}
     for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{path}: expected tensors by name, got {key!r}: a {type(tensor).__name__}")
         name = key.removeprefix(PREFIX)
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {key}: expected a floating-point tensor, got {tensor.dtype}")
@@ -208,8 +259,6 @@ def _read_weights(directory):
             if name.rpartition(".")[2] != "bias":
                 raise ValueError(f"{path}: {key}: not a LoRA tensor or a bias")
             biases[name.replace(".base_layer.bias", ".bias")] = tensor
-    if not adapters:
-        raise ValueError(f"{path}: it holds no LoRA tensors")
     return adapters, biases
 
 
@@ -225,8 +274,7 @@ def _check_module(model, config, name, pieces):
     A, B = (pieces.get(kind) for kind in ("lora_A.weight", "lora_B.weight"))
     if A is None or B is None:
         raise ValueError(f"{where}: expected both lora_A.weight and lora_B.weight")
-    r = targets.by_pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = targets.by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    r, alpha = _rank_and_alpha(config, name)
     for kind, tensor, shape in (("lora_A", A, (r, module.in_features)), ("lora_B", B, (module.out_features, r))):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{where}.{kind}: expected shape {shape} (rank {r} by {CONFIG}), got {tuple(tensor.shape)}")

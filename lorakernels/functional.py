@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from . import adapter_ids as noted_ids
 from . import dropout, multi_ops, nf4, ops
 from .nf4 import NF4Tensor
 
@@ -94,26 +95,33 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
     return NF4Tensor(packed, absmax, nested, nf4.make_quant_state(format, dtype, nested).to(weight.device), format, dtype)
 
 
-def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None, *, ranks=None, dropout_p=0.0, training=True, check_ids="async"):
+def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None, *, ranks=None, pages=None, dropout_p=0.0, training=True, check_ids="async"):
     """y = x W^T + bias + scaling_e * drop(x) A_e^T B_e^T for each row's adapter e; rows with id -1 have none
 
     x (..., K), weight (N, K), dense or an NF4Tensor, lora_A (E, R, K), lora_B (E, N, R), bias (N,) -> y (..., N), any strides.
     adapter_ids: int32 or int64, of shape x.shape[:-1], or (batch,) for x (batch, tokens, K); from -1 to E - 1, rows in any order.
     scaling: a number, or float32 (E,). ranks: int64 (E,), how many of its R ranks each adapter uses, from 1 to R; None: all.
+    pages: int64 (E, R), with rank rows that stand anywhere in place of stacks: rank r of adapter e is lora_A[pages[e, r]] of
+    lora_A (P, K), and lora_B[pages[e, r]] of lora_B (P, N). Those get no gradient, and autocast leaves them as they are.
     dropout_p: a number, or a list of E of them: each adapter's own; the mask is as lora_linear's, of x's rows where they lie.
 
     dtypes and autocast: as lora_linear. Gradients for x, weight, lora_A, lora_B and bias, contiguous; zeros for adapters that no
     row names. A row's result does not depend on the adapters of the rows beside it; without an adapter it is F.linear's.
-    check_ids: ids out of range raise before anything runs, on a GPU too, where that waits for the device ("async" allows a later
-    error, and does not use that yet); "off": nothing is read, and such rows have no adapter.
+    check_ids: a row whose id is out of range never gets the base's answer. "sync": it raises before anything runs, on a GPU too,
+    which that waits for; "async": so on the CPU, while on a GPU nothing is waited for, the row becomes NaN, and the next call
+    with ids raises, or lorakernels.check(); "off": the row becomes NaN, and nothing raises.
 
     Raises TypeError or ValueError naming the argument, before any kernel.
     """
     dtype = _autocast_dtype(x)
-    E = _check_multi(x, weight, lora_A, lora_B, bias, dtype)
+    if pages is None:
+        E, R = _check_multi(x, weight, lora_A, lora_B, bias, dtype)
+    else:
+        E, R = _check_paged(x, weight, lora_A, lora_B, bias, pages, dtype)
+        lora_A, lora_B = lora_A[:, None], lora_B[:, :, None]
     ids = _check_ids(adapter_ids, x, E, check_ids)
     scaling = _per_adapter("scaling", scaling, E, x.device)
-    ranks = _check_ranks(ranks, E, lora_A.shape[1], x.device)
+    ranks = _check_ranks(ranks, E, R, x.device)
     seed = thresholds = None
     probabilities = [check_probability("dropout_p", p) for p in (dropout_p if isinstance(dropout_p, (list, tuple)) else [dropout_p])]
     if len(probabilities) not in (1, E) or (isinstance(dropout_p, (list, tuple)) and len(probabilities) != E):
@@ -122,10 +130,33 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
         seed = dropout.draw_seed(x.device)
         thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
     lora_A, lora_B, bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias))
+    order, starts = multi_ops.route(ids, E)
+    return _multi(x, weight, lora_A, lora_B, bias, scaling, (order, starts, ranks, pages, seed, thresholds), dtype)
+
+
+def _multi(x, weight, lora_A, lora_B, bias, scaling, segments, dtype, u=None):
     pieces = (weight.absmax, weight.nested, weight.format) if isinstance(weight, NF4Tensor) else (None, None, None)
     W = weight.packed if isinstance(weight, NF4Tensor) else weight.resolve_neg()
-    order, starts = multi_ops.route(ids, E)
-    return multi_ops.multi_lora_linear(x, W, lora_A, lora_B, bias, scaling, order, starts, ranks, seed, thresholds, dtype, *pieces)
+    return multi_ops.multi_lora_linear(x, W, lora_A, lora_B, bias, scaling, *segments, dtype, *pieces, u)
+
+
+def route(adapter_ids, shape, E, check_ids="async"):
+    """(order, starts) of multi_lora_linear's rows, for x of `shape` (..., K); one for all layers that such an x meets."""
+    return multi_ops.route(_ids_of_rows(adapter_ids, shape[:-1], E, check_ids), E)
+
+
+def pooled_down(x, rows_A, routed, ranks, pages):
+    """u of multi_lora_linear for the G parts of rank rows (P, G, K) that share x, ranks (G, E): (M, G * R), in the order of `routed`."""
+    dtype = _autocast_dtype(x)
+    return multi_ops.multi_lowrank_down(ops.rows(x if dtype is None else x.to(dtype)), rows_A, *routed, ranks, pages, None, None)
+
+
+def pooled_linear(x, weight, bias, rows_A, rows_B, scaling, routed, ranks, pages, u=None):
+    """multi_lora_linear on rank rows (P, 1, K) and (P, N, 1) of a pool, which has checked what it holds, with rows as `route` has
+    them and u where pooled_down has made it."""
+    dtype = _autocast_dtype(x)
+    _check_base(x, weight, bias, dtype)
+    return _multi(x, weight, rows_A, rows_B, bias, scaling, (*routed, ranks, pages, None, None), dtype, u)
 
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
@@ -211,7 +242,8 @@ def _check_nf4(weight, x):
         raise ValueError(f"weight: expected device {x.device}, as x is, got {weight.packed.device}")
 
 
-def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
+def _check_base(x, weight, bias, autocast):
+    """What every layer's base is held to; returns N, K."""
     _check_x(x)
     packed = isinstance(weight, NF4Tensor)
     if packed:
@@ -222,29 +254,39 @@ def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
         N, K = weight.shape
     if N == 0:
         raise ValueError(f"weight: expected shape (N, K) with N of at least 1, got {tuple(weight.shape)}")
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), "N", x)
+    if autocast is None:
+        if not packed:
+            _check_dtype("weight", weight, [x.dtype], "x's dtype; cast one of them, or use autocast")
+        if bias is not None:
+            _check_dtype("bias", bias, [x.dtype], "the weight's dtype")
+    return N, K
+
+
+def _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, autocast):
+    N, K = _check_base(x, weight, bias, autocast)
     _check_tensor("lora_A", lora_A, (None, K), "RK", x)
     R = lora_A.shape[0]
     if R == 0:
         raise ValueError("lora_A: expected a rank of at least 1, got shape " + str(tuple(lora_A.shape)))
     _check_tensor("lora_B", lora_B, (N, R), "NR", x)
-    for name, vector in (("bias", bias), ("lora_bias", lora_bias)):
-        if vector is not None:
-            _check_tensor(name, vector, (N,), "N", x)
-    if autocast is not None:
-        return
-    if not packed:
-        _check_dtype("weight", weight, [x.dtype], "x's dtype; cast one of them, or use autocast")
+    if lora_bias is not None:
+        _check_tensor("lora_bias", lora_bias, (N,), "N", x)
+    if autocast is None:
+        _check_adapter_dtypes(x, lora_A, lora_B, lora_bias)
+
+
+def _check_adapter_dtypes(x, lora_A, lora_B, lora_bias=None):
     adapter = [x.dtype] if x.dtype == torch.float64 else [x.dtype, torch.float32]
     _check_dtype("lora_A", lora_A, adapter, "the base's dtype or float32")
     _check_dtype("lora_B", lora_B, [lora_A.dtype], "lora_A's dtype")
-    if bias is not None:
-        _check_dtype("bias", bias, [x.dtype], "the weight's dtype")
     if lora_bias is not None:
         _check_dtype("lora_bias", lora_bias, [lora_B.dtype], "lora_B's dtype")
 
 
 def _check_multi(x, weight, lora_A, lora_B, bias, autocast):
-    """As _check_lora for stacks of adapters; returns E."""
+    """As _check_lora for stacks of adapters; returns E, R."""
     for name, tensor, letters in (("lora_A", lora_A, "E, R, K"), ("lora_B", lora_B, "E, N, R")):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
@@ -253,30 +295,54 @@ def _check_multi(x, weight, lora_A, lora_B, bias, autocast):
     if lora_A.shape[0] != lora_B.shape[0]:
         raise ValueError(f"lora_B: expected E={lora_A.shape[0]} adapters, as lora_A has, got {lora_B.shape[0]}")
     _check_lora(x, weight, lora_A[0], lora_B[0], bias, None, autocast)
-    return lora_A.shape[0]
+    return lora_A.shape[:2]
+
+
+def _check_paged(x, weight, lora_A, lora_B, bias, pages, autocast):
+    """As _check_lora for rank rows; returns E, R."""
+    N, K = _check_base(x, weight, bias, autocast)
+    _check_tensor("lora_A", lora_A, (None, K), "PK", x)
+    P = lora_A.shape[0]
+    _check_tensor("lora_B", lora_B, (P, N), "PN", x)
+    _check_adapter_dtypes(x, lora_A, lora_B)
+    if lora_A.requires_grad or lora_B.requires_grad:
+        raise ValueError(f"lora_{'A' if lora_A.requires_grad else 'B'}: rank rows with pages get no gradient; train stacks (E, R, K) and (E, N, R)")
+    if not isinstance(pages, torch.Tensor) or pages.dtype != torch.int64 or pages.dim() != 2 or 0 in pages.shape or pages.device != x.device:
+        got = f"{_names([pages.dtype])} {tuple(pages.shape)} on {pages.device}" if isinstance(pages, torch.Tensor) else _kind(pages)
+        raise TypeError(f"pages: expected int64 of shape (E, R) on {x.device}, got {got}")
+    if not pages.is_cuda and not pages.is_meta and not torch.compiler.is_compiling() and not bool(((pages >= 0) & (pages < P)).all()):
+        raise ValueError(f"pages: expected rows from 0 to {P - 1}, got {pages.min().item()} to {pages.max().item()}")
+    if pages.stride(1) != 1:
+        raise ValueError(f"pages: expected the ranks of an adapter side by side, got strides {pages.stride()}")
+    return pages.shape
 
 
 def _check_ids(ids, x, E, check_ids):
     """adapter_ids as one id for each row of x."""
+    if isinstance(ids, torch.Tensor) and ids.device != x.device:
+        raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {ids.device}")
+    return _ids_of_rows(ids, x.shape[:-1], E, check_ids)
+
+
+def _ids_of_rows(ids, rows, E, check_ids):
     if check_ids not in ("sync", "async", "off"):
         raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"adapter_ids: expected a Tensor, got {_kind(ids)}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"adapter_ids: expected int32 or int64, got {_names([ids.dtype])}")
-    if ids.device != x.device:
-        raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {ids.device}")
-    rows = x.shape[:-1]
     if ids.shape != rows:
-        if x.dim() != 3 or ids.shape != rows[:1]:
-            also = f" or ({rows[0]},)" if x.dim() == 3 else ""
+        if len(rows) != 2 or ids.shape != rows[:1]:
+            also = f" or ({rows[0]},)" if len(rows) == 2 else ""
             raise ValueError(f"adapter_ids: expected shape {tuple(rows)}{also}, got {tuple(ids.shape)}")
         ids = ids[:, None].expand(rows)
     ids = ids.reshape(-1)
     if check_ids != "off" and not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
-        wrong = ((ids < -1) | (ids >= E)).nonzero()
-        if len(wrong):
-            at = wrong[0].item()
+        wrong = (ids < -1) | (ids >= E)
+        if check_ids == "async" and ids.is_cuda:
+            noted_ids.note(wrong)
+        elif bool(wrong.any()):
+            at = wrong.nonzero()[0].item()
             raise ValueError(f"adapter_ids: expected ids from -1 (no adapter) to {E - 1}, got {ids[at].item()} for row {at}")
     return ids
 

@@ -62,26 +62,27 @@ def apply_lora(
         raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {bias!r}")
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         check_pattern_values(name, pattern)
-    wanted = _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern)
+    wanted = find_targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern)
 
     common = dict(
         lora_dropout=lora_dropout, use_rslora=use_rslora, lora_bias=lora_bias, init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype
     )
-    report, plan = Report(), {}
-    for name, _ in model.named_modules(remove_duplicate=False):
-        if not name or name not in wanted:
-            continue
-        why = why_skipped(model, name)
-        report[name] = f"skipped: {why}" if why else "replaced"
-        if not why:
-            own = dict(r=targets.by_pattern(rank_pattern, name, r), lora_alpha=targets.by_pattern(alpha_pattern, name, lora_alpha))
-            plan[name] = own | common
+    report, plan = report_on(model, wanted), {}
+    for name in report.replaced:
+        own = dict(r=targets.by_pattern(rank_pattern, name, r), lora_alpha=targets.by_pattern(alpha_pattern, name, lora_alpha))
+        plan[name] = own | common
     if strict and (report.skipped or not plan):
         raise RuntimeError(f"apply_lora(strict=True): {report if report else 'no module was replaced'}")
     put_adapters(model, plan, quantize)
     train_biases(model, bias)
     _say(report)
     return report
+
+
+def report_on(model, wanted):
+    """The Report of what will be replaced among the modules that are wanted."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and name in wanted]
+    return Report({name: f"skipped: {why}" if (why := why_skipped(model, name)) else "replaced" for name in names})
 
 
 def put_adapters(model, plan, quantize=None):
@@ -154,7 +155,7 @@ def check_pattern_values(argument, patterns):
             raise type(error)(f"{argument}[{pattern!r}]: {error}") from None
 
 
-def _targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern):
+def find_targets(model, target_modules, exclude_modules, layers_to_transform, layers_pattern):
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, NF4Linear)) and name and module is not head]

@@ -22,7 +22,7 @@ class Adapter:
             raise TypeError(f"adapter_dtype: expected {base_dtype} (the base's) or torch.float32, got {adapter_dtype}")
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.use_rslora, self.init_lora_weights = bool(use_rslora), init_lora_weights
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = lora_scaling(lora_alpha, r, use_rslora)
         factory = {"device": device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
@@ -274,6 +274,11 @@ def why_unusable(linear):
     if weight.dtype not in functional.FLOATS:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16, float16, float32 or float64"
     return None
+
+
+def lora_scaling(lora_alpha, r, use_rslora):
+    """lora_alpha / r, or lora_alpha / sqrt(r)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def check_size(name, value):

@@ -10,6 +10,19 @@ from .modules import check_size, take_hooks, why_unusable
 from .nf4_modules import NF4Linear
 
 
+class Batch:
+    """The adapter_ids that a model was called with, for its layers. They stay until it is called again: a checkpointed forward
+    comes once more, within backward."""
+
+    ids = None
+
+    def take(self, module, arguments, named):
+        """The model's forward pre-hook."""
+        named = dict(named)
+        self.ids = named.pop("adapter_ids", None)
+        return arguments, named
+
+
 class MultiLoraLinear(nn.Module):
     """y = base(x) + scaling_e * drop(x) A_e^T B_e^T for each row's adapter e of E; rows with id -1 get the base's own answer
 
@@ -46,7 +59,7 @@ class MultiLoraLinear(nn.Module):
             adapter_dtype = torch.float32 if dtype.itemsize == 2 or isinstance(base, NF4Linear) else dtype
         elif adapter_dtype not in (dtype, torch.float32):
             raise TypeError(f"adapter_dtype: expected {dtype} (the base's) or torch.float32, got {adapter_dtype}")
-        self.base = base.requires_grad_(False)
+        self.base, self.batch = base.requires_grad_(False), None
         factory = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(num_adapters, max_rank, base.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(num_adapters, base.out_features, max_rank, **factory))
@@ -96,8 +109,13 @@ class MultiLoraLinear(nn.Module):
             self.scaling = scaling.to(self.scaling.device)
         return self
 
-    def forward(self, x, adapter_ids):
-        """x (..., K); adapter_ids of shape x.shape[:-1], or (batch,) for x (batch, tokens, K)."""
+    def forward(self, x, adapter_ids=None):
+        """x (..., K); adapter_ids of shape x.shape[:-1], or (batch,) for x (batch, tokens, K). Without them those that the model was
+        called with (apply_multi_lora), and without those the base's own answer."""
+        if adapter_ids is None and self.batch is not None:
+            adapter_ids = self.batch.ids
+        if adapter_ids is None:
+            return self.base.forward(x)  # its hooks are this layer's
         bias = self.base.bias
         if isinstance(self.base, NF4Linear):
             bias = self.base._bias_for(x)

@@ -100,18 +100,21 @@ def jobs():
                 yield Job(kernels.lowrank_grad_up, base, adapter, tile, {"dy": f"*{x}", "u": "*fp32", "B": f"*{a}", "du": "*fp32", "dB_parts": "*fp32"},
                           named | {"NEED_DU": need_du, "NEED_DB": need_dB, "Y_TERMS": terms(base)}, ("stride_yn", "stride_br"),
                           common=need_du and need_dB and tile in sides(every))  # fmt: skip
-    routed = {"order": "*i64", "starts": "*i64", "tiles": "*i64", "ranks": "*i64", "seed": "*i64", "thresholds": "*i32", "scaling": "*fp32"}
+    routed = {"order": "*i64", "starts": "*i64", "tiles": "*i64", "ranks": "*i64", "pages": "*i64", "seed": "*i64", "thresholds": "*i32", "scaling": "*fp32"}
     for base, adapter in MIXES:
         (_, x), (_, a), half = DTYPES[base], DTYPES[adapter], base != torch.float32
-        for dropout, scaled in ((True, False), (False, True)):
+        for dropout, scaled, paged in ((True, False, False), (False, True, False), (False, True, True)):
             shared = {"HAS_RANKS": True, "DROPOUT": dropout, "SCALED": scaled, "MODE": mode(base, adapter)}
             for tile in (every := tiles.every_multi_down(half)):
-                for turned in (False, True) if scaled else (False,):  # du walks B with its ranks side by side
-                    yield Job(multi.multi_down, base, adapter, tile, routed | {"x": f"*{x}", "A": f"*{a}", "u": "*fp32"}, shared | {"X_TERMS": terms(base), "STEPS": 7},
-                              ("stride_xk", "stride_ar" if turned else "stride_ak"), common=tile == every[-1] and turned == scaled)  # fmt: skip
+                for turned in (False, True) if scaled and not paged else (False,):  # du walks B with its ranks side by side
+                    yield Job(multi.multi_down, base, adapter, tile, routed | {"x": f"*{x}", "A": f"*{a}", "u": "*fp32"},
+                              shared | {"PAGED": paged, "X_TERMS": terms(base), "STEPS": 7},
+                              ("stride_xk", "stride_ar" if turned else "stride_ak"), common=tile == every[-1] and turned == (scaled and not paged))  # fmt: skip
             for tile in (every := tiles.every_multi_add(half)):
-                yield Job(multi.multi_add, base, adapter, tile, routed | {"y": f"*{x}", "u": "*fp32", "B": f"*{a}"}, shared | {"STEPS": 7},
-                          ("stride_bn" if dropout else "stride_br",), common=tile == every[-1])  # fmt: skip
+                yield Job(multi.multi_add, base, adapter, tile, routed | {"y": f"*{x}", "u": "*fp32", "B": f"*{a}"}, shared | {"PAGED": paged, "STEPS": 7},
+                          ("stride_bn" if dropout or paged else "stride_br",), common=tile == every[-1])  # fmt: skip
+            if paged:
+                continue
             yield Job(multi.multi_outer, base, adapter, tiles.multi_outer(half), routed | {"small": "*fp32", "large": f"*{x}", "out": f"*{a}"},
                       shared | {"DTYPE": DTYPES[adapter][0], "L_TERMS": terms(base)}, ("stride_lk", "stride_or" if scaled else "stride_ok"))  # fmt: skip
     for base, adapter in MIXES[1:]:

@@ -161,6 +161,23 @@ def test_generate_with_every_engine_that_is_here(tiny, tmp_path):
     assert wrong.returncode and "--tokens: expected at least 1, got 0" in wrong.stderr
 
 
+def test_many_adapters_trained_at_once_and_served_in_one_batch(tiny, tmp_path):
+    run = {"capture_output": True, "text": True, "env": os.environ | {"COLUMNS": "250"}}
+    script = [sys.executable, str(ROOT / "examples" / "train_many.py"), "--model", str(tiny[0]), "--out", str(tmp_path), "--max-tokens", "200"]
+    trained = subprocess.run([*script, "--steps", "4", "--check", "2"], check=True, **run)
+    assert trained.stdout.count("the same") == 8 and "DIFFERENT" not in trained.stdout
+    ranks = {path.parent.name: json.loads(path.read_text())["r"] for path in tmp_path.glob("*/adapter_config.json")}
+    assert len(ranks) == 8 and len(set(ranks.values())) == 8
+    served = subprocess.run([sys.executable, str(ROOT / "examples" / "serve_many.py"), "--model", str(tiny[0]), "--adapters", str(tmp_path), "--tokens", "4"], check=True, **run)
+    assert served.stdout.count("the same bits") == 9 and "DIFFERENT" not in served.stdout
+    assert "PEFT gives the same tokens in 9 of 9 rows" in served.stdout
+    for engine in ("lorakernels, all rows at once", "lorakernels, one row at a time", "PEFT, adapter_names"):
+        assert f"{engine}: " in served.stdout
+    for wrong, words in (([*script, "--check", "99"], "--check: expected 0 to --steps"), ([sys.executable, str(ROOT / "examples" / "serve_many.py"), "--adapters", str(tiny[0])], "holds no directory with an adapter_config.json")):
+        done = subprocess.run(wrong, **run)
+        assert done.returncode and words in done.stderr
+
+
 def test_resume_without_a_checkpoint(tiny, tmp_path):
     done = subprocess.run(command(tiny, tmp_path, "--resume"), capture_output=True, text=True)
     assert done.returncode and "--resume: there is no checkpoint" in done.stderr

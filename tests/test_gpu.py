@@ -5,7 +5,10 @@ import pytest
 import torch
 from numerics import check
 from oracle import make_case
+from test_multi import DISTRIBUTIONS, Case
+from test_pool import adapter_of
 
+import lorakernels as lk
 from lorakernels import backends
 from lorakernels.functional import lora_linear, nf4_linear, quantize_nf4
 from lorakernels.modules import LoraLinear
@@ -170,6 +173,66 @@ def test_nf4_in_a_cuda_graph(gpu_backend, rows):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("M, E, ranks", [(1, 1, [16]), (64, 64, [16] * 64), (64, 64, [1 + e % 64 for e in range(64)]), (4096, 8, [8, 16, 24, 200, 1, 3, 64, 16])])
+def test_many_adapters(gpu_backend, M, E, ranks):
+    """Decode and training sizes, forward and backward; repeats are bit-equal."""
+    for base, adapter in ((BF16, BF16), (BF16, F32)):
+        case = Case(M, 4096, 4096, E, ranks, DISTRIBUTIONS["random"](M, E), base, adapter, "cuda")
+        first = case.hold(label=f"GPU M={M} E={E} ")
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(first.values(), case.run().values()))
+
+
+def test_a_pool_in_a_cuda_graph():
+    """Captured with one adapter, replayed with other ids, with an adapter that came later and one that has gone: nothing is baked in."""
+    if "triton" not in ON_GPU:
+        pytest.skip("needs Triton")
+    with backends.use_backend("triton"), torch.no_grad():
+        model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, device="cuda", dtype=BF16) for _ in range(3)))
+        pool = lk.AdapterPool(model, 64)
+        tensors = [adapter_of(model, rank, rank) for rank in (4, 16, 9)]
+        lk.serve_adapters(model, pool)
+        ids, x = torch.full((8,), -1, device="cuda"), torch.randn(8, 256, device="cuda", dtype=BF16)
+        ids[:2] = pool.add("a", tensors[0])
+        with pool.route(ids):
+            model(x)  # makes the flag of the device
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = model(x)
+            b = pool.add("b", tensors[1])
+            ids.copy_(torch.tensor([b, -1, pool.id("a"), b, b, -1, pool.id("a"), b]))
+            graph.replay()
+            assert torch.equal(y, model(x)) and not y.isnan().any()
+            lk.check()
+        gone = pool.id("a")
+        pool.remove("a")
+        pool.add("c", tensors[2])
+        with pool.route(ids):
+            graph.replay()
+            assert (y.isnan().all(1) == (ids == gone)).all()
+            assert torch.equal(torch.nan_to_num(y), torch.nan_to_num(model(x)))
+            with pytest.raises(ValueError, match="adapter_ids: "):
+                lk.check()
+
+
+def test_routing_waits_for_nothing():
+    if "triton" not in ON_GPU:
+        pytest.skip("needs Triton")
+    with backends.use_backend("triton"), torch.no_grad():
+        model = torch.nn.Sequential(torch.nn.Linear(256, 256, device="cuda", dtype=BF16))
+        pool, tensors = lk.AdapterPool(model, 64), adapter_of(model, 4, 4)
+        lk.serve_adapters(model, pool)
+        pool.add("a", tensors)
+        ids, x = torch.tensor([pool.id("a"), -1], device="cuda"), torch.randn(2, 256, device="cuda", dtype=BF16)
+        model(x, adapter_ids=ids)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x, adapter_ids=ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_launch_follows_the_tensors_device():

@@ -38,7 +38,11 @@ inline LowrankDown lowrank_down_params(int64_t M, int64_t K, Tensor x, Tensor u,
                                        const std::vector<std::tuple<Tensor, int64_t>>& parts, Drop drop) {
   LowrankDown p = {M, K, matrix(x), matrix(u), static_cast<int32_t>(parts.size()), {}, dropout(drop)};
   if (parts.size() > MAX_PARTS) throw std::invalid_argument("lowrank_down: too many A's in one call");
-  for (size_t i = 0; i < parts.size(); ++i) p.part[i] = {matrix(std::get<0>(parts[i])), std::get<1>(parts[i])};
+  int64_t column = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    p.part[i] = {matrix(std::get<0>(parts[i])), std::get<1>(parts[i]), column};
+    column += p.part[i].R;
+  }
   return p;
 }
 
@@ -70,13 +74,13 @@ inline NF4Linear nf4_linear_params(NF4 w, Tensor x, Tensor bias, int64_t M, int6
   return {nf4_weight(w), matrix(x), matrix(bias), add_lowrank_params(M, N, R, y, u, v, lowrank_bias, scaling, drop)};
 }
 
-// E, R; addresses of order, starts, ranks, seed, thresholds, scaling (0 for none)
-using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, Address, Address>;
+// E, R; addresses of order, starts, ranks, pages (0 for none), the last one's stride; addresses of seed, thresholds, scaling (0 for none)
+using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, int64_t, Address, Address, Address>;
 
 inline Segments segments(const Segmented& s) {
   const auto integers = [](Address a) { return static_cast<const int64_t*>(pointer(a)); };
-  return {std::get<0>(s), std::get<1>(s), integers(std::get<2>(s)), integers(std::get<3>(s)), integers(std::get<4>(s)), integers(std::get<5>(s)),
-          static_cast<const int32_t*>(pointer(std::get<6>(s))), static_cast<const float*>(pointer(std::get<7>(s)))};
+  return {std::get<0>(s), std::get<1>(s), integers(std::get<2>(s)), integers(std::get<3>(s)), integers(std::get<4>(s)), integers(std::get<5>(s)), std::get<6>(s),
+          integers(std::get<7>(s)), static_cast<const int32_t*>(pointer(std::get<8>(s))), static_cast<const float*>(pointer(std::get<9>(s)))};
 }
 
 // A tensor of one, and how far the next one is
@@ -84,12 +88,13 @@ using Stacked = std::tuple<Tensor, int64_t>;
 
 inline Stack stack(const Stacked& s) { return {matrix(std::get<0>(s)), std::get<1>(s)}; }
 
-inline MultiDown multi_down_params(Segmented s, int64_t K, Tensor x, Stacked A, Tensor u) {
-  return {segments(s), K, matrix(x), matrix(u), stack(A)};
+inline MultiDown multi_down_params(Segmented s, int64_t K, int64_t parts, Tensor x, Stacked A, Tensor u) {
+  if (parts > MAX_PARTS) throw std::invalid_argument("multi_lowrank_down: too many A's in one call");
+  return {segments(s), K, parts, matrix(x), matrix(u), stack(A)};
 }
 
-inline MultiAdd multi_add_params(Segmented s, int64_t N, Tensor y, Tensor u, Stacked B) {
-  return {segments(s), N, matrix(y), matrix(u), stack(B)};
+inline MultiAdd multi_add_params(Segmented s, int64_t M, int64_t N, Tensor y, Tensor u, Stacked B) {
+  return {segments(s), M, N, matrix(y), matrix(u), stack(B)};
 }
 
 inline MultiGrad multi_grad_params(Segmented s, int64_t N, int64_t K, Tensor dy, Tensor x, Tensor u, Stacked B, Tensor du, Stacked dA, Stacked dB) {

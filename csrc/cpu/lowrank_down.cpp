@@ -56,11 +56,10 @@ static void tasks(int64_t begin, int64_t end, void* context) {
       }
     }
     for (int64_t m = 0; m < rows; ++m) {
-      int64_t from = 0, to = 0;
+      int64_t from = 0;
       for (int i = 0; i < p.parts; ++i) {
-        store_row<DType::f32>(p.u, m0 + m, to, p.part[i].R, sums + m * d.width + from, dropout ? p.dropout.scale : 1.0f);
+        store_row<DType::f32>(p.u, m0 + m, p.part[i].column, p.part[i].R, sums + m * d.width + from, dropout ? p.dropout.scale : 1.0f);
         from += round_up(p.part[i].R, VL);
-        to += p.part[i].R;
       }
     }
   }

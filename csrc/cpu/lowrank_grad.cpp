@@ -42,7 +42,10 @@ static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, floa
   const int64_t begin = t * g.stripes.width, end = smaller(begin + g.stripes.width, p.N);
   for (int64_t n0 = begin; n0 < end; n0 += BLOCK) {
     const int64_t columns = smaller(BLOCK, end - n0);
-    if (p.B.data) pack_rows(p.B, n0, columns, 0, p.R, g.width, g.width, panel);
+    if (p.B.col_index)
+      pack_turned({p.B.data, p.B.col_stride, p.B.row_stride, p.B.dtype, p.B.col_index}, 0, p.R, n0, columns, g.width, g.width, panel, block);
+    else if (p.B.data)
+      pack_rows(p.B, n0, columns, 0, p.R, g.width, g.width, panel);
     for (int64_t m = g.m0; m < g.m1; m += ROWS) {
       const int64_t rows = smaller(ROWS, g.m1 - m);
       const View dy = p.u.data ? copy(p.dy, m, rows, n0, columns, {}, block, m + 2 * ROWS <= g.m1) : view(p.dy, m, rows, n0, columns, {}, block);

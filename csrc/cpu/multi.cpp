@@ -2,6 +2,8 @@
 // for a row does not depend on the rows beside it. Compiled once: the kernels are those of the instruction set in use.
 #include "multi.h"
 
+#include <cmath>
+
 #include "kernels.h"
 #include "parallel.h"
 
@@ -10,10 +12,24 @@ namespace {
 
 constexpr int64_t MANY_ROWS = 256;  // of an adapter on average: enough for the kernels to share them out themselves
 
-Matrix of(const Stack& stack, int64_t e) {
+Matrix moved(Matrix m, int64_t elements) {
+  if (m.data) m.data = static_cast<char*>(m.data) + elements * (m.dtype == DType::f32 ? 4 : 2);
+  return m;
+}
+
+// A (R,K) of an adapter, or of one of its parts: the ranks are rows.
+Matrix ranks_down(const Stack& stack, const Segments& s, int64_t e, int64_t part) {
+  if (!s.pages) return moved(stack.first, e * stack.stride);
+  Matrix m = moved(stack.first, part * stack.first.row_stride);
+  m.row_stride = stack.stride, m.index = s.pages + e * s.pages_stride;
+  return m;
+}
+
+// B (N,R), and what has its form: the ranks are columns.
+Matrix ranks_across(const Stack& stack, const Segments& s, int64_t e) {
+  if (!s.pages) return moved(stack.first, e * stack.stride);
   Matrix m = stack.first;
-  const int64_t size = m.dtype == DType::f32 ? 4 : 2;
-  if (m.data) m.data = static_cast<char*>(m.data) + e * stack.stride * size;
+  m.col_stride = stack.stride, m.col_index = s.pages + e * s.pages_stride;
   return m;
 }
 
@@ -22,20 +38,19 @@ Matrix through(Matrix m, const Segments& s, int64_t begin) {
   m.index = s.order + begin;
   return m;
 }
-Matrix from(Matrix m, int64_t begin) {
-  if (m.data) m.data = static_cast<float*>(m.data) + begin * m.row_stride;
-  return m;
-}
+Matrix from(const Matrix& m, int64_t begin) { return moved(m, begin * m.row_stride); }
 
 Dropout dropout(const Segments& s, int64_t e) {
   const uint32_t threshold = s.seed ? static_cast<uint32_t>(s.thresholds[e]) : 0;
   return {threshold ? s.seed : nullptr, threshold, threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f};
 }
 
+int64_t rank_of(const Segments& s, int64_t e, int64_t part = 0) { return s.ranks ? s.ranks[part * s.E + e] : s.R; }
+
 template <class Params>
 struct Call {
   const Params* p;
-  void (*run)(const Params& p, int64_t e, int64_t begin, int64_t rows, int64_t rank);
+  void (*run)(const Params& p, int64_t e, int64_t begin, int64_t rows);
 };
 
 template <class Params>
@@ -43,13 +58,13 @@ void segments(int64_t first, int64_t last, void* context) {
   const Call<Params>& call = *static_cast<const Call<Params>*>(context);
   const Segments& s = call.p->segments;
   for (int64_t e = first; e < last; ++e) {
-    const int64_t begin = s.starts[e], rows = s.starts[e + 1] - begin, rank = s.ranks ? s.ranks[e] : s.R;
-    if (rows > 0 && rank > 0) call.run(*call.p, e, begin, rows, rank);
+    const int64_t begin = s.starts[e], rows = s.starts[e + 1] - begin;
+    if (rows > 0) call.run(*call.p, e, begin, rows);
   }
 }
 
 template <class Params>
-void each(const Params& p, int64_t columns, void (*run)(const Params&, int64_t, int64_t, int64_t, int64_t)) {
+void each(const Params& p, int64_t columns, void (*run)(const Params&, int64_t, int64_t, int64_t)) {
   const Segments& s = p.segments;
   Call<Params> call = {&p, run};
   const int64_t rows = s.starts[s.E] - s.starts[0];
@@ -59,30 +74,52 @@ void each(const Params& p, int64_t columns, void (*run)(const Params&, int64_t, 
     parallel_for(s.E, rows * columns * s.R, segments<Params>, &call);
 }
 
+// What has an id that is none gets no answer.
+void refuse_rows(const MultiAdd& p) {
+  const Segments& s = p.segments;
+  const uint16_t nan16 = p.y.dtype == DType::bf16 ? 0x7fc0 : 0x7e00;
+  for (int64_t place = s.starts[s.E]; place < p.M; ++place) {
+    const int64_t row = s.order[place] * p.y.row_stride;
+    for (int64_t n = 0; n < p.N; ++n) {
+      if (p.y.dtype == DType::f32)
+        static_cast<float*>(p.y.data)[row + n] = NAN;
+      else
+        static_cast<uint16_t*>(p.y.data)[row + n] = nan16;
+    }
+  }
+}
+
 }  // namespace
 
 void multi_lowrank_down(const MultiDown& p) {
-  each<MultiDown>(p, p.K, [](const MultiDown& p, int64_t e, int64_t begin, int64_t rows, int64_t rank) {
-    LowrankDown one = {rows, p.K, through(p.x, p.segments, begin), from(p.u, begin), 1, {}, dropout(p.segments, e)};
-    one.part[0] = {of(p.A, e), rank};
-    kernels().lowrank_down(one);
+  each<MultiDown>(p, p.K * p.parts, [](const MultiDown& p, int64_t e, int64_t begin, int64_t rows) {
+    const Segments& s = p.segments;
+    LowrankDown one = {rows, p.K, through(p.x, s, begin), from(p.u, begin), 0, {}, dropout(s, e)};
+    for (int64_t i = 0; i < p.parts; ++i)
+      if (const int64_t rank = rank_of(s, e, i)) one.part[one.parts++] = {ranks_down(p.A, s, e, i), rank, i * s.R};
+    if (one.parts) kernels().lowrank_down(one);
   });
 }
 
 void multi_add_lowrank(const MultiAdd& p) {
-  each<MultiAdd>(p, p.N, [](const MultiAdd& p, int64_t e, int64_t begin, int64_t rows, int64_t rank) {
-    const float scaling = p.segments.scaling ? p.segments.scaling[e] : 1.0f;
-    kernels().add_lowrank({rows, p.N, rank, through(p.y, p.segments, begin), from(p.u, begin), of(p.B, e), {}, scaling, dropout(p.segments, e)});
+  each<MultiAdd>(p, p.N, [](const MultiAdd& p, int64_t e, int64_t begin, int64_t rows) {
+    const Segments& s = p.segments;
+    const float scaling = s.scaling ? s.scaling[e] : 1.0f;
+    if (const int64_t rank = rank_of(s, e))
+      kernels().add_lowrank({rows, p.N, rank, through(p.y, s, begin), from(p.u, begin), ranks_across(p.B, s, e), {}, scaling, dropout(s, e)});
   });
+  refuse_rows(p);
 }
 
 void multi_lowrank_grad(const MultiGrad& p) {
-  each<MultiGrad>(p, p.N + p.K, [](const MultiGrad& p, int64_t e, int64_t begin, int64_t rows, int64_t rank) {
+  each<MultiGrad>(p, p.N + p.K, [](const MultiGrad& p, int64_t e, int64_t begin, int64_t rows) {
     const Segments& s = p.segments;
     Matrix x = p.x;
     if (x.data) x = through(x, s, begin);
-    kernels().lowrank_grad({rows, p.N, p.K, rank, through(p.dy, s, begin), x, from(p.u, begin), of(p.B, e), from(p.du, begin), of(p.dA, e), of(p.dB, e),
-                            s.scaling ? s.scaling[e] : 1.0f, dropout(s, e), nullptr});
+    const auto of = [e](const Stack& stack) { return moved(stack.first, e * stack.stride); };
+    if (const int64_t rank = rank_of(s, e))
+      kernels().lowrank_grad({rows, p.N, p.K, rank, through(p.dy, s, begin), x, from(p.u, begin), ranks_across(p.B, s, e), from(p.du, begin), of(p.dA), of(p.dB),
+                              s.scaling ? s.scaling[e] : 1.0f, dropout(s, e), nullptr});
   });
 }
 

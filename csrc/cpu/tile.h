@@ -182,8 +182,8 @@ LK_INLINE void turn8(const float* const* line, int64_t d, float* to, int64_t ld)
 constexpr int64_t TURN = 8;
 static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t depth, int64_t width,
                         int64_t ld, float* panel, float* lines) {
-  if (m.row_stride == 1 && m.col_stride != 1) {  // its transpose lies in order
-    const Matrix turned = {m.data, m.col_stride, m.row_stride, m.dtype};
+  if (m.col_index || (m.row_stride == 1 && m.col_stride != 1)) {  // its transpose lies in order
+    const Matrix turned = {m.data, m.col_stride, m.row_stride, m.dtype, m.col_index};
     return pack_rows(turned, column0, depth, row0, rows, width, ld, panel);
   }
   for (int64_t c = 0; c < width; c += TURN) {
@@ -194,7 +194,7 @@ static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t col
       if (c + i >= rows)
         memset(lines + i * depth, 0, depth * sizeof *lines);
       else if (m.dtype == DType::f32 && m.col_stride == 1)
-        line[i] = static_cast<const float*>(m.data) + (row0 + c + i) * m.row_stride + column0;
+        line[i] = static_cast<const float*>(m.data) + place(m, row0 + c + i) * m.row_stride + column0;
       else
         load_row_any(m, row0 + c + i, column0, depth, lines + i * depth);
     }

@@ -17,10 +17,8 @@ __global__ void __launch_bounds__(THREADS, 2) lowrank_down_kernel(const LowrankD
 
   // which part, and which of its ranks
   int part = 0, chunk = blockIdx.y;
-  int64_t column = 0;
   while (chunk * RANKS >= p.part[part].R) {
     chunk -= static_cast<int>((p.part[part].R + RANKS - 1) / RANKS);
-    column += p.part[part].R;
     ++part;
   }
   const int64_t r0 = static_cast<int64_t>(chunk) * RANKS, R = p.part[part].R;
@@ -39,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, 2) lowrank_down_kernel(const LowrankD
       if (k0 + TILE_COLS < p.K) load_tile<T, wide>(packs, p.x, m0, k0 + TILE_COLS, p.M, p.K);
       row_products<dtype>(sum, tile, small);
     }
-    float* u = static_cast<float*>(p.u.data) + m0 * p.u.row_stride + column + r0;
+    float* u = static_cast<float*>(p.u.data) + m0 * p.u.row_stride + p.part[part].column + r0;
     reduce_rows(parts, sum, u, p.u.row_stride, p.M - m0, R - r0, dropout ? p.dropout.scale : 1.0f);
   }
 }

@@ -120,9 +120,10 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def segments(E, R, order, starts, ranks, seed, thresholds, scaling=None):
+def segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling=None):
     """Segmented in csrc/bindings/arguments.h."""
-    return (E, R, *map(address, (order, starts, ranks, seed, thresholds, scaling)))
+    paged = (0, 0) if pages is None else (pages.data_ptr(), pages.stride(0))
+    return (E, R, *map(address, (order, starts, ranks)), *paged, *map(address, (seed, thresholds, scaling)))
 
 
 def stack(tensor):

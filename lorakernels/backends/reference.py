@@ -146,13 +146,17 @@ def nf4_linear_lowrank(
 #
 # order (M,) holds the rows sorted by adapter; those of adapter e are order[starts[e] : starts[e + 1]], what lies outside of all
 # has none. u and du have their rows in that order. Adapter e uses its first ranks[e] ranks of the stacks A (E,R,K) and B (E,N,R),
-# scaling[e], and drops where a lane lies below thresholds[e]. seed, ranks and scaling may be None.
+# scaling[e], and drops where a lane lies below thresholds[e]. seed, ranks and scaling may be None. What lies from
+# order[starts[E]] on has an id that is none.
+#
+# With pages (E,R) there is no stack: rank r of adapter e is A[pages[e, r]] of A (P,G,K), and B[pages[e, r]] of B (P,N,1). The G
+# parts of A share x: ranks is (G,E), part g has columns g * R and on of u (M, G * R).
 
 
-def segments(order, starts, ranks, R):
+def segments(order, starts, ranks, R, part=0):
     """(adapter, its rows of x, their places in u, its rank) of each adapter that has rows."""
     bounds = starts.tolist()
-    used = [R] * (len(bounds) - 1) if ranks is None else ranks.tolist()
+    used = [R] * (len(bounds) - 1) if ranks is None else ranks.view(-1, len(bounds) - 1)[part].tolist()
     for e, (begin, end) in enumerate(zip(bounds, bounds[1:])):
         if end > begin:
             yield e, order[begin:end], slice(begin, end), used[e]
@@ -167,41 +171,60 @@ def _dropped(x, rows, seed, thresholds, e):
     return torch.where(dropout.keep_mask(seed, *x.shape, p)[rows], some * dropout.scale(p), some.new_zeros(()))
 
 
-def multi_lowrank_down(x, A, order, starts, ranks, seed, thresholds):
+def ranks_down(A, pages, e, rank, part):
+    """A (rank, K) of one adapter."""
+    return A[e, :rank] if pages is None else A[pages[e, :rank], part]
+
+
+def ranks_across(B, pages, e, rank):
+    """B (N, rank) of one adapter."""
+    return B[e, :, :rank] if pages is None else B[pages[e, :rank], :, 0].t()
+
+
+def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
     """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere: a torch product for each adapter."""
     dtype = accumulator(x.dtype)
-    u = x.new_zeros(x.shape[0], A.shape[1], dtype=dtype)
-    for e, rows, places, rank in segments(order, starts, ranks, A.shape[1]):
-        u[places, :rank] = product(_dropped(x, rows, seed, thresholds, e), A[e, :rank].t(), dtype)
+    parts, R = (1, A.shape[1]) if pages is None else (A.shape[1], pages.shape[1])
+    u = x.new_zeros(x.shape[0], parts * R, dtype=dtype)
+    for part in range(parts):
+        for e, rows, places, rank in segments(order, starts, ranks, R, part):
+            u[places, part * R : part * R + rank] = product(_dropped(x, rows, seed, thresholds, e), ranks_down(A, pages, e, rank, part).t(), dtype)
     return u
 
 
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, seed, thresholds):
-    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place; other rows are not touched."""
-    for e, rows, places, rank in segments(order, starts, ranks, B.shape[2]):
-        delta = product(u[places, :rank], B[e, :, :rank].t(), u.dtype)
+def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place; rows without adapter are not touched, those whose id
+    is none become NaN."""
+    for e, rows, places, rank in segments(order, starts, ranks, u.shape[1]):
+        delta = product(u[places, :rank], ranks_across(B, pages, e, rank).t(), u.dtype)
         if seed is not None:
             whole = delta.new_zeros(y.shape).index_copy_(0, rows, delta)
             delta = _dropped(whole, rows, seed, thresholds, e)
         if scaling is not None:
             delta *= scaling[e]
         y[rows] = (y[rows].to(u.dtype) + delta).to(y.dtype)
+    y[order[starts[-1] :]] = float("nan")
 
 
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, seed, thresholds, dtype):
+def stack_shape(B, pages):
+    """E, N, R."""
+    return tuple(B.shape) if pages is None else (pages.shape[0], B.shape[1], pages.shape[1])
+
+
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
     """du = scaling_e * dy B_e, dA_e = du^T drop(x), dB_e = scaling_e * dy^T u over each adapter's rows: torch products.
 
     du (M,R) is float32; dA (E,R,K) and dB (E,N,R) are rounded once to dtype, zero where nothing adds to them. Without x no
-    dA, without u no dB: an empty tensor stands in their place.
+    dA, without u no dB: an empty tensor stands in their place. With pages there is neither.
     """
-    (E, N, R), wide = B.shape, accumulator(dy.dtype)
+    (E, N, R), wide = stack_shape(B, pages), accumulator(dy.dtype)
     du = dy.new_zeros(dy.shape[0], R, dtype=wide)
     dA = dy.new_zeros((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
     dB = dy.new_zeros((0,) if u is None else (E, N, R), dtype=dtype)
     for e, rows, places, rank in segments(order, starts, ranks, R):
         scale = 1.0 if scaling is None else scaling[e]
         some = dy[rows].to(wide)
-        du[places, :rank] = product(some, B[e, :, :rank], wide).mul_(scale)
+        du[places, :rank] = product(some, ranks_across(B, pages, e, rank), wide).mul_(scale)
         if x is not None:
             dA[e, :rank] = product(du[places, :rank].t(), _dropped(x, rows, seed, thresholds, e), wide)
         if u is not None:

@@ -45,15 +45,18 @@ def dot_terms(a, b, acc, MODE: tl.constexpr, DTYPE: tl.constexpr, A_TERMS: tl.co
 @triton.jit
 def lowrank_tile(
     u, v, m, n, in_m, in_n, R, stride_um, stride_vn, stride_vr,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, pages=None, PAGED: tl.constexpr = False,
 ):  # fmt: skip
-    """sum_r u[m, r] v[n, r], float32: rows m (BLOCK_M,) and columns n (BLOCK_N,) where in_m and in_n."""
+    """sum_r u[m, r] v[n, r], float32: rows m (BLOCK_M,) and columns n (BLOCK_N,) where in_m and in_n. PAGED: v[n, pages[r]]."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r0 in range(0, R, BLOCK_R):
         r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
         in_r = r < R
         u_tile = tl.load(u + m[:, None] * stride_um + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        v_tile = tl.load(v + n[None, :] * stride_vn + r[:, None] * stride_vr, mask=in_r[:, None] & in_n[None, :], other=0.0)
+        at = r
+        if PAGED:
+            at = tl.load(pages + r, mask=in_r, other=0)
+        v_tile = tl.load(v + n[None, :] * stride_vn + at[:, None] * stride_vr, mask=in_r[:, None] & in_n[None, :], other=0.0)
         acc = dot_terms(u_tile, v_tile, acc, MODE, v.dtype.element_ty, 2, 2)
     return acc
 

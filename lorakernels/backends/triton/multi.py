@@ -23,36 +23,44 @@ def segment_of(tile, starts, tiles, E, BLOCK_M: tl.constexpr, STEPS: tl.constexp
 @triton.jit
 def multi_down(
     # pointers
-    x, A, order, starts, tiles, ranks, seed, thresholds, scaling, u,
+    x, A, order, starts, tiles, ranks, pages, seed, thresholds, scaling, u,
     # sizes
     K, R, E,
     # strides
-    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
+    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_pe, stride_um,
     # what the kernel is made for
-    HAS_RANKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, X_TERMS: tl.constexpr, STEPS: tl.constexpr,
+    HAS_RANKS: tl.constexpr, PAGED: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, X_TERMS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """u[place, r] = scaling_e * sum_k drop(x)[row, k] A[e, r, k] for r below the rank of the row's adapter e; the rest stays"""
+    """u[place, r] = scaling_e * sum_k drop(x)[row, k] A[e, r, k] for r below the rank of the row's adapter e; the rest stays
+
+    PAGED: A[pages[e, r], part, k], its ranks ranks[part, e], its columns part * R and on of u."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles + E - 1):
         e, first, end = segment_of(tile, starts, tiles, E, BLOCK_M, STEPS)
         rank = R
+        part, r0 = 0, tl.program_id(1) * BLOCK_R
+        if PAGED:
+            blocks = tl.cdiv(R, BLOCK_R)
+            part, r0 = tl.program_id(1) // blocks, tl.program_id(1) % blocks * BLOCK_R
         if HAS_RANKS:
-            rank = tl.load(ranks + e).to(tl.int32)
-        r0 = tl.program_id(1) * BLOCK_R
+            rank = tl.load(ranks + part * E + e).to(tl.int32)
         if r0 < rank:
             place = first + tl.arange(0, BLOCK_M)
             in_m = place < end
             row = tl.load(order + place, mask=in_m, other=0)
             r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
             in_r = r < rank
-            A += e.to(tl.int64) * stride_ae
+            if PAGED:
+                A_rows = A + tl.load(pages + e * stride_pe + r, mask=in_r, other=0) * stride_ae + part * stride_ar
+            else:
+                A_rows = A + e.to(tl.int64) * stride_ae + r * stride_ar
             acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
                 in_k = k < K
                 x_tile = tl.load(x + row[:, None] * stride_xm + k[None, :] * stride_xk, mask=in_m[:, None] & in_k[None, :], other=0.0)
-                A_tile = tl.load(A + r[None, :] * stride_ar + k[:, None] * stride_ak, mask=in_k[:, None] & in_r[None, :], other=0.0)
+                A_tile = tl.load(A_rows[None, :] + k[:, None] * stride_ak, mask=in_k[:, None] & in_r[None, :], other=0.0)
                 if DROPOUT:
                     x_tile = dropped(x_tile, tl.load(seed), tl.load(thresholds + e), row, k0, BLOCK_M, BLOCK_K)
                 acc = dot_terms(x_tile, A_tile, acc, MODE, A.dtype.element_ty, X_TERMS, 3)
@@ -60,7 +68,7 @@ def multi_down(
                 acc *= kept_scale(tl.load(thresholds + e))
             if SCALED:
                 acc *= tl.load(scaling + e)
-            tl.store(u + place[:, None] * R + r[None, :], acc, mask=in_m[:, None] & in_r[None, :])
+            tl.store(u + place[:, None] * stride_um + (part * R + r)[None, :], acc, mask=in_m[:, None] & in_r[None, :])
 
 
 @triton.jit
@@ -73,37 +81,45 @@ def kept_scale(threshold):
 @triton.jit
 def multi_add(
     # pointers
-    y, u, B, order, starts, tiles, ranks, seed, thresholds, scaling,
+    y, u, B, order, starts, tiles, ranks, pages, seed, thresholds, scaling,
     # sizes
     N, R, E,
     # strides
-    stride_ym, stride_be, stride_bn, stride_br,
+    stride_ym, stride_um, stride_be, stride_bn, stride_br, stride_pe,
     # what the kernel is made for
-    HAS_RANKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
+    HAS_RANKS: tl.constexpr, PAGED: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y[row, n] += scaling_e * drop'(sum_r u[place, r] B[e, n, r]), in place, one rounding at the store"""
+    """y[row, n] += scaling_e * drop'(sum_r u[place, r] B[e, n, r]), in place, one rounding at the store
+
+    PAGED: B[pages[e, r], n]. Rows of segment E, whose id is none, become NaN."""
     tile = tl.program_id(0)
-    if tile < tl.load(tiles + E - 1):
-        e, first, end = segment_of(tile, starts, tiles, E, BLOCK_M, STEPS)
-        rank = R
+    if tile < tl.load(tiles + E):
+        e, first, end = segment_of(tile, starts, tiles, E + 1, BLOCK_M, STEPS)
+        known = e < E
+        rank = tl.where(known, R, 0)
         if HAS_RANKS:
-            rank = tl.load(ranks + e).to(tl.int32)
+            rank = tl.load(ranks + e, mask=known, other=0).to(tl.int32)
         place = first + tl.arange(0, BLOCK_M)
         in_m = place < end
         row = tl.load(order + place, mask=in_m, other=0)
         n0 = tl.program_id(1).to(tl.int64) * BLOCK_N
         n = n0 + tl.arange(0, BLOCK_N)
         in_n = n < N
-        delta = lowrank_tile(u, B + e.to(tl.int64) * stride_be, place, n, in_m, in_n, rank, R, stride_bn, stride_br, MODE, BLOCK_M, BLOCK_N, BLOCK_R)
+        if PAGED:
+            delta = lowrank_tile(
+                u, B, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_be, MODE, BLOCK_M, BLOCK_N, BLOCK_R, pages + e * stride_pe, True
+            )  # fmt: skip
+        else:
+            delta = lowrank_tile(u, B + e.to(tl.int64) * stride_be, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_br, MODE, BLOCK_M, BLOCK_N, BLOCK_R)
         if SCALED:
-            delta *= tl.load(scaling + e)
+            delta *= tl.load(scaling + e, mask=known, other=1.0)
         if DROPOUT:
-            threshold = tl.load(thresholds + e)
+            threshold = tl.load(thresholds + e, mask=known, other=0)
             delta = dropped(delta, tl.load(seed), threshold, row, n0, BLOCK_M, BLOCK_N) * kept_scale(threshold)
         at = y + row[:, None] * stride_ym + n[None, :]
         inside = in_m[:, None] & in_n[None, :]
-        total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + delta
+        total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + tl.where(known, delta, float("nan"))
         tl.store(at, total.to(y.dtype.element_ty), mask=inside)
 
 

@@ -153,8 +153,8 @@ def every_quantize_nf4():
 
 def nf4_linear_lowrank(M):
     """The fused product with an NF4 weight: as many rows as there are share a decoded tile, up to 128. With those a depth of
-    64 spills, on sm_80 with two stages, on sm_100 with one."""
-    return MatmulTile(128, 64, 32, 16, 8, 8, 2) if M > 64 else MatmulTile(_power_of_two(M, 16, 64), 64, 64, 16, 8, 4, 2)
+    64 spills, on sm_80 with two stages, on sm_100 with one; fewer rows spill on sm_100 with two."""
+    return MatmulTile(128, 64, 32, 16, 8, 8, 2) if M > 64 else MatmulTile(_power_of_two(M, 16, 64), 64, 64, 16, 8, 4, 3)
 
 
 def every_nf4_linear_lowrank():
@@ -168,7 +168,7 @@ def every_nf4_linear_lowrank():
 def multi_down(M, E, R, half):
     few = M <= 16 * E
     if half:
-        return DownTile(16, 64, 16, 2, 2)  # 32 rows spill on sm_100, 32 ranks on sm_90
+        return DownTile(16, 64, 16, 4, 2)  # 32 rows and 2 warps spill on sm_100, 32 ranks on sm_90
     return DownTile(16 if few else 32, 32, _power_of_two(R, 16, 32), 4, 2)
 
 
@@ -177,7 +177,7 @@ def every_multi_down(half):
 
 
 def multi_add(M, E, R, half):
-    return add_lowrank(16 if M <= 16 * E else 32, 4096, R, half)
+    return Tile(16 if M <= 16 * E else 32, 64 if half else 32, 16, 4, 1)  # two stages or 64 columns of float32 spill on sm_100, 32 ranks on sm_80
 
 
 def every_multi_add(half):

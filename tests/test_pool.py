@@ -1,0 +1,626 @@
+"""Adapters of one pool: rank rows under the kernels, who is in the memory, which rows of a batch use which."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from numerics import check
+from test_multi import DISTRIBUTIONS, F32, IDS, MIXES, Case
+from torch import nn
+from torch.nn import functional as F
+
+import lorakernels as lk
+from lorakernels import adapter_ids, multi_ops, ops
+from lorakernels.functional import multi_lora_linear, quantize_nf4
+
+BF16 = torch.bfloat16
+
+
+# -- rank rows under the kernels -----------------------------------------------------------------------------------------------
+
+
+def rank_rows(case, seed=0):
+    """The stacks of a case as rows that stand anywhere among others, which hold NaN."""
+    E, R = case.A.shape[:2]
+    total = int(case.ranks.sum())
+    rows = torch.randperm(total + 5, generator=torch.Generator().manual_seed(seed))[:total].tolist()
+    A, B = (torch.full((total + 5, size), float("nan"), dtype=case.A.dtype, device=case.A.device) for size in (case.A.shape[2], case.B.shape[1]))
+    pages = torch.zeros(E, R, dtype=torch.int64)
+    for e, rank in enumerate(case.ranks.tolist()):
+        mine, rows = rows[:rank], rows[rank:]
+        pages[e, :rank] = torch.tensor(mine)
+        A[mine], B[mine] = case.A[e, :rank], case.B[e, :, :rank].t()
+    return A, B, pages.to(case.A.device)
+
+
+@pytest.mark.parametrize("base, adapter", MIXES, ids=IDS)
+def test_rank_rows_give_the_bits_of_stacks(backend, device, base, adapter):
+    for M, p in ((23, 0.0), (23, 0.4), (3, 0.0)):
+        case = Case(M, 72, 40, 4, [16, 3, 8, 20], DISTRIBUTIONS["random"](M, 4), base, adapter, device, p=p)
+        whole, (A, B, pages) = case.hold(), rank_rows(case)
+        x = case.x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = multi_lora_linear(x, case.W, A, B, case.ids, case.scaling, case.bias, ranks=case.ranks, pages=pages, dropout_p=case.p)
+        y.backward(case.dy)
+        exact, eager = case.by_hand(torch.float64, case.W), case.by_hand(None, case.W)
+        for name, out in (("y", y.detach()), ("dx", x.grad)):
+            check(f"rank rows {name}", out, exact[name], eager[name], base=base, K=72)
+            assert torch.equal(out, whole[name]) or backend == "reference"  # torch sums in an order that follows the layout
+
+
+def test_rank_rows_over_nf4(backend, device):
+    case = Case(9, 64, 48, 3, [2, 7, 16], DISTRIBUTIONS["random"](9, 3), BF16, F32, device)
+    (A, B, pages), weight = rank_rows(case), quantize_nf4(case.W)
+    y = multi_lora_linear(case.x, weight, A, B, case.ids, case.scaling, case.bias, ranks=case.ranks, pages=pages)
+    check("rank rows over NF4", y, case.by_hand(torch.float64, weight.dequantize(F32))["y"], case.by_hand(None, weight.dequantize(BF16))["y"], base=BF16, K=64)
+    assert torch.equal(y, case.run(weight)["y"]) or backend == "reference"
+
+
+def test_several_matrices_that_share_x(backend, device):
+    """One product with the rows of all of them, each of its own rank, 0 too."""
+    P, G, K, E, R, M = 30, 3, 40, 4, 8, 17
+    ids = DISTRIBUTIONS["random"](M, E).to(device)
+    rows = torch.randn(P, G, K, device=device)
+    pages = torch.randperm(P)[: E * 7].view(E, 7)
+    pages = F.pad(pages, (0, R - 7)).to(device)
+    ranks = torch.tensor([[1, 7, 3, 4], [5, 0, 7, 2], [0, 6, 1, 7]], device=device)
+    for x in (torch.randn(M, K, device=device), torch.randn(M, 2 * K, device=device).to(BF16)[:, ::2]):
+        order, starts = multi_ops.route(ids, E)
+        together = multi_ops.multi_lowrank_down(x, rows, order, starts, ranks, pages, None, None)
+        assert together.shape == (M, G * R)
+        for g in range(G):
+            alone = multi_ops.multi_lowrank_down(x, rows[:, g : g + 1], order, starts, ranks[g], pages, None, None)
+            exact, eager = torch.zeros_like(alone).double(), torch.zeros_like(alone)
+            for place, row in enumerate(order.tolist()):
+                e = ids[row].item()
+                rank = ranks[g, e].item() if e >= 0 else 0
+                for out in (exact, eager):
+                    out[place, :rank] = x[row].to(out.dtype) @ rows[pages[e, :rank], g].to(out.dtype).t()
+            part = together[:, g * R : (g + 1) * R]
+            for u in (part, alone):
+                check("shared shrink", u, exact, eager, base=F32, K=K)
+            assert torch.equal(part, alone)
+
+
+def test_opcheck(backend, device):
+    case = Case(6, 16, 8, 2, [2, 3], torch.tensor([0, 1, 1, -1, 0, 1]), F32, F32, device)
+    A, B, pages = rank_rows(case)
+    A, B, operators = torch.nan_to_num(A)[:, None], torch.nan_to_num(B)[:, :, None], torch.ops.lorakernels
+    order, starts = multi_ops.route(case.ids, 2)
+    u, y = torch.randn(6, 3, device=device), torch.randn(6, 8, device=device)
+    with torch.no_grad():
+        torch.library.opcheck(operators.multi_lowrank_down.default, (case.x, A, order, starts, case.ranks, pages, None, None))
+        torch.library.opcheck(operators.multi_add_lowrank.default, (y, u, B, case.scaling, order, starts, case.ranks, pages, None, None))
+        torch.library.opcheck(operators.multi_lowrank_grad.default, (y, None, None, B, case.scaling, order, starts, case.ranks, pages, None, None, F32))
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"pages": torch.tensor([[0, 4], [1, 2]])}, ValueError, "pages: expected rows from 0 to 3, got 0 to 4"),
+        ({"pages": torch.tensor([[0, -1], [1, 2]])}, ValueError, "pages: expected rows from 0 to 3, got -1 to 2"),
+        ({"pages": torch.tensor([0, 1])}, TypeError, "pages: expected int64 of shape (E, R)"),
+        ({"pages": torch.tensor([[0], [1]], dtype=torch.int32)}, TypeError, "pages: expected int64 of shape (E, R)"),
+        ({"pages": [[0]]}, TypeError, "pages: expected int64 of shape (E, R)"),
+        ({"pages": torch.tensor([[0, 1], [1, 2]]).t()}, ValueError, "pages: expected the ranks of an adapter side by side"),
+        ({"lora_A": torch.ones(4, 3)}, ValueError, "lora_A: expected shape (P, K=4), got (4, 3)"),
+        ({"lora_B": torch.ones(3, 5)}, ValueError, "lora_B: expected shape (P=4, N=5), got (3, 5)"),
+        ({"lora_B": torch.ones(4, 5).double()}, TypeError, "lora_B: expected float32"),
+        ({"lora_A": torch.ones(4, 4, requires_grad=True)}, ValueError, "lora_A: rank rows with pages get no gradient"),
+        ({"adapter_ids": torch.tensor([0, 1, 2])}, ValueError, "adapter_ids: expected ids from -1 (no adapter) to 1, got 2 for row 2"),
+    ],
+)
+def test_arguments_of_rank_rows(change, error, words):
+    arguments = {"x": torch.ones(3, 4), "weight": torch.ones(5, 4), "lora_A": torch.ones(4, 4), "lora_B": torch.ones(4, 5), "adapter_ids": torch.tensor([0, 1, -1])}
+    arguments |= {"scaling": 1.0, "pages": torch.tensor([[0, 1], [2, 3]])}
+    with pytest.raises(error) as caught:
+        multi_lora_linear(**(arguments | change))
+    assert words in str(caught.value)
+
+
+# -- ids that are none ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_with_an_id_out_of_range_is_nan(backend, device):
+    """Never the base's answer, where nobody looks at the ids before the kernels do."""
+    case = Case(40, 8, 6, 2, [2, 2], torch.tensor([0, 1, -1, 1] * 10), F32, F32, device)
+    wrong = case.ids.clone()
+    wrong[[1, 7, 38]] = torch.tensor([2, -9, 1 << 40], device=device)
+    others = [m for m in range(40) if m not in (1, 7, 38)]
+    for base in (F32, BF16, torch.float16):
+        x, W = case.x.to(base).detach().requires_grad_(), case.W.to(base)
+        y = multi_lora_linear(x, W, case.A, case.B, wrong, case.scaling, check_ids="off")
+        whole = multi_lora_linear(x.detach(), W, case.A, case.B, case.ids, case.scaling)
+        assert y[[1, 7, 38]].isnan().all()
+        check("beside NaN", y[others], whole[others].double(), whole[others], base=base, K=8)
+        assert torch.equal(y[others], whole[others]) or backend == "triton"  # NumPy's sums follow a row's place in its tile
+        y.backward(torch.ones_like(y))
+        assert x.grad[[1, 7, 38]].isnan().all() and not x.grad[others].isnan().any()
+
+
+def test_the_flag_of_a_device():
+    """What happens on a GPU, with the CPU in its place: the flag is raised by the next call with ids, or by check(), once."""
+    wrong, right = torch.tensor([False, True]), torch.tensor([False, False])
+    try:
+        lk.check()
+        adapter_ids.note(right)
+        adapter_ids.note(wrong)
+        with pytest.raises(ValueError, match="adapter_ids: an earlier call on cpu had an id that is no adapter's"):
+            adapter_ids.note(right)
+        adapter_ids.note(right)
+        adapter_ids.note(wrong)
+        with pytest.raises(ValueError, match="adapter_ids: a call on cpu had an id"):
+            lk.check()
+        lk.check()
+    finally:
+        adapter_ids._flags.clear()
+
+
+# -- the pool ------------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Children with the names of a transformer's."""
+
+    def __init__(self, width=24, inner=40):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, 8, bias=False), nn.Linear(width, 8)
+        self.o_proj = nn.Linear(width, width)
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        x = x + self.o_proj(q + torch.cat([k, v, k], dim=-1))
+        return x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def block(dtype=F32):
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).to(dtype)
+
+
+def adapter_of(model, rank, seed, names=None, dtype=F32):
+    """Tensors under PEFT's names."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (names is None or name.rpartition(".")[2] in names):
+            for kind, shape in (("lora_A", (rank, module.in_features)), ("lora_B", (module.out_features, rank))):
+                tensors[f"base_model.model.{name}.{kind}.weight"] = torch.randn(*shape, generator=generator).to(dtype) * shape[1] ** -0.5
+    return tensors
+
+
+def by_hand(model, tensors, x, scaling, dtype=torch.float64):
+    """A model's answer with one adapter added to its weights' products."""
+    other = copy.deepcopy(model).to(dtype)
+    for name, module in other.named_modules():
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in tensors:
+            A, B = tensors[key].to(dtype), tensors[key.replace("lora_A", "lora_B")].to(dtype)
+            module.register_forward_hook(lambda m, args, y, A=A, B=B: y + scaling * F.linear(F.linear(args[0], A), B))
+    return other(x.to(dtype))
+
+
+def alone(model, tensors, x, alpha):
+    """The same in this library's layers with one adapter, which their own tests hold to the error rule: what a model adds to a
+    layer's error, it adds to both."""
+    other = copy.deepcopy(model)
+    ranks = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): A.shape[0] for key, A in tensors.items() if "lora_A" in key}
+    lk.apply_lora(other, r=next(iter(ranks.values())), lora_alpha=alpha, target_modules=list(ranks))
+    with torch.no_grad():
+        for name in ranks:
+            layer = other.get_submodule(name)
+            layer.lora_A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"]), layer.lora_B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+    return other(x)
+
+
+def served(model=None, capacity=64, **arguments):
+    model = block() if model is None else model
+    pool = lk.AdapterPool(model, capacity, **arguments)
+    plain = copy.deepcopy(model)
+    report = lk.serve_adapters(model, pool)
+    return plain, model, pool, report
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_served_model(backend, device, dtype):
+    """Each row's adapter, ranks and modules of their own; no adapter is the base's answer, bit for bit."""
+    plain, model, pool, report = served(block(dtype).to(device))
+    assert len(report.replaced) == 14 and not report.skipped
+    adapters = {"all": adapter_of(plain, 5, 1), "attention": adapter_of(plain, 16, 2, ("q_proj", "v_proj")), "mlp": adapter_of(plain, 1, 3, ("down_proj", "up_proj"))}
+    for name, tensors in adapters.items():
+        pool.add(name, tensors, lora_alpha=8)
+    names = ["mlp", None, "all", "attention", "all", None, "mlp"]
+    x = torch.randn(7, 16, 24, device=device).to(dtype)
+    with torch.no_grad(), pool.route(names):
+        y = model(x)
+    with torch.no_grad():
+        base = plain(x)
+        assert torch.equal(model(x), base)  # no route
+        assert torch.equal(y[[1, 5]], base[[1, 5]])
+        assert torch.equal(model(x, adapter_ids=names), y) and pool.open_route is None
+        assert torch.equal(model(x, adapter_ids=torch.tensor([pool.id(n) if n else -1 for n in names], device=device)), y)
+    for name, tensors in adapters.items():
+        rows, rank = [i for i, n in enumerate(names) if n == name], tensors["base_model.model.0.up_proj.lora_A.weight" if name != "attention" else "base_model.model.0.q_proj.lora_A.weight"].shape[0]
+        check(f"pool {name}", y[rows], by_hand(plain, tensors, x[rows], 8 / rank), alone(plain, tensors, x, 8)[rows], base=dtype, K=40)
+
+
+def test_layers_that_share_x_share_one_product(monkeypatch):
+    plain, model, pool, _ = served()
+    pool.add("a", adapter_of(plain, 4, 1))
+    widths, down = [], multi_ops.multi_lowrank_down
+    monkeypatch.setattr(multi_ops, "multi_lowrank_down", lambda x, A, *rest: widths.append(A.shape[1]) or down(x, A, *rest))
+    x = torch.randn(2, 24)
+    with torch.no_grad(), pool.route(["a", None]):
+        first = model(x)
+        assert widths == [3, 1, 2, 1] * 2
+        widths.clear()
+        with torch.inference_mode():
+            assert torch.equal(model(x.clone()), first) and widths == [1] * 14  # nothing tells there whether x has changed
+    shared = model[0].q_proj.shared
+    with torch.no_grad(), pool.route(["a", None]) as route:
+        model[0].q_proj(x)
+        x.add_(1.0)  # in place, between the two
+        k = model[0].k_proj(x)
+        route.begin()
+        assert torch.equal(k, copy.copy(model[0].k_proj)(x.clone()))
+        model[0].q_proj(x), model[0].k_proj(x + 1)
+        assert not shared.together  # what is given another x computes its own from then on
+
+
+def test_hooks_of_a_replaced_module_run_once():
+    model, seen = nn.Sequential(nn.Linear(4, 3)), []
+    model[0].register_forward_hook(lambda module, x, y: seen.append(1))
+    pool = lk.AdapterPool(model, 4)
+    lk.serve_adapters(model, pool)
+    pool.add("a", {"0.lora_A.weight": torch.ones(1, 4), "0.lora_B.weight": torch.ones(3, 1)})
+    x = torch.ones(1, 4)
+    model(x), model(x, adapter_ids=["a"])
+    assert len(seen) == 2
+
+
+def test_gradients_reach_x():
+    plain, model, pool, _ = served()
+    tensors = adapter_of(plain, 4, 1)
+    pool.add("a", tensors)
+    x, dy = torch.randn(3, 24), torch.randn(3, 24)
+    grads = []
+    for call in (lambda x: by_hand(plain, tensors, x.double(), 1.0), lambda x: alone(plain, tensors, x, 4)):
+        leaf = x.detach().clone().requires_grad_()
+        y = call(leaf)
+        y.backward(dy.to(y.dtype))
+        grads.append(leaf.grad)
+    leaf = x.clone().requires_grad_()
+    with pool.route(["a"] * 3):
+        model(leaf).backward(dy)
+    check("pool dx", leaf.grad, *grads, base=F32, K=40)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_bases_and_dtypes(quantize):
+    """Over NF4, and adapters in the weights' own half precision."""
+    model = nn.Sequential(nn.Linear(64, 48)).to(BF16)
+    tensors, x = adapter_of(model, 6, 1, dtype=BF16), torch.randn(4, 64).to(BF16)
+    if quantize:
+        model[0] = lk.NF4Linear.from_linear(model[0])
+    base = model(x)
+    pools = lk.AdapterPool(model, 8), lk.AdapterPool(model, 8, dtype=None if quantize else BF16)
+    assert pools[0].memory() == 8 * (64 + 48) * 4 and pools[1].memory() == 8 * (64 + 48) * (4 if quantize else 2)
+    lk.serve_adapters(model, pools[1])
+    pools[1].add("a", tensors)
+    with torch.no_grad():
+        y = model(x, adapter_ids=["a", None, "a", None])
+    assert torch.equal(y[1::2], base[1::2])
+    A, B = tensors.values()
+    weight = model[0].base.weight.dequantize(F32) if quantize else model[0].weight
+    exact = F.linear(x[::2].double(), weight.double(), model[0].bias.double()) + x[::2].double() @ A.double().t() @ B.double().t()
+    eager = F.linear(x[::2], weight.to(BF16), model[0].bias) + F.linear(F.linear(x[::2], A), B)
+    check("pool base", y[::2], exact, eager, base=BF16, K=64)
+
+
+def test_directories_of_peft(tmp_path):
+    """save_adapter's files, with ranks and alphas by pattern, give what the layers with that adapter give."""
+    plain, model, pool, _ = served()
+    trained = copy.deepcopy(plain)
+    lk.apply_lora(trained, r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 9}, alpha_pattern={"1.q_proj": 3}, use_rslora=True)
+    for name, p in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    lk.save_adapter(trained, tmp_path)
+    pool.add("it", tmp_path)
+    x = torch.randn(3, 24)
+    with torch.no_grad(), pool.route(["it"] * 3):
+        check("pool from files", model(x), copy.deepcopy(trained).double()(x.double()), trained(x), base=F32, K=40)
+
+
+def test_the_least_recently_used_leaves_and_comes_back_bit_for_bit():
+    plain, model, pool, _ = served(capacity=10, slots=3)
+    adapters = {name: adapter_of(plain, rank, i) for i, (name, rank) in enumerate({"a": 4, "b": 4, "c": 2}.items())}
+    for name, tensors in adapters.items():
+        pool.add(name, tensors)
+    x = torch.randn(1, 24)
+    with torch.no_grad():
+        first = {name: model(x, adapter_ids=[name]) for name in adapters}
+        old = pool.id("a")
+        pool.id("c")
+        pool.add("d", adapter_of(plain, 6, 9))  # b and a were used longest ago
+        assert pool.resident() == ["c", "d"] and pool.names() == ["a", "b", "c", "d"] and pool.free_rows() == 2
+        with pytest.raises(ValueError, match="is no adapter's, or whose adapter has left the pool"):
+            model(x, adapter_ids=torch.tensor([old]))
+        for name in ("a", "b", "c"):
+            assert torch.equal(model(x, adapter_ids=[name]), first[name]), name
+        pool.pin("a")
+        with pool.route(["c", "b"]):
+            with pytest.raises(RuntimeError, match="the pool has no room for 'd': 6 rank rows"):
+                pool.pin("d")
+            assert pool.resident() == ["a", "b", "c"]
+        pool.unpin("a")
+        with pytest.raises(RuntimeError, match="no room for 'a', 'b', 'c', 'd'"):
+            pool.route(["a", "b", "c", "d"]).__enter__()
+        pool.evict("a")
+        assert pool.resident() == ["b", "c"]
+
+
+def test_an_id_is_never_served_by_another_adapter():
+    """Removed or replaced in an open route, an adapter's rows are nobody's until it closes."""
+    plain, model, pool, _ = served(capacity=8)
+    one, two = adapter_of(plain, 4, 1), adapter_of(plain, 4, 2)
+    pool.add("one", one)
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        ids = torch.tensor([pool.id("one"), -1])
+        with pool.route(["one", None]) as route:
+            first = model(x)
+            pool.replace("one", two)
+            with pytest.raises(RuntimeError, match="no room for 'three': 5 rank rows"):
+                pool.add("three", adapter_of(plain, 5, 3))  # the old one's rows are not free yet
+            with pytest.raises(ValueError, match="has left the pool"):
+                model(x)
+        pool.remove("one")
+        pool.add("one", one)
+        for stale in (ids, torch.tensor([0, -1]), torch.tensor([5, -1]), torch.tensor([-2, -1])):
+            with pytest.raises(ValueError, match="is no adapter's, or whose adapter has left the pool"):
+                model(x, adapter_ids=stale)
+        assert torch.equal(model(x, adapter_ids=["one", None]), first) and route.ids[0] != pool.id("one")
+
+
+def test_nothing_is_lost_by_a_malformed_adapter(tmp_path):
+    plain, model, pool, _ = served(capacity=12, max_rank=8)
+    good = adapter_of(plain, 4, 1)
+    kept = pool.add("kept", good)
+    key = "base_model.model.0.q_proj.lora_A.weight"
+    rslora = {"adapter": good | {"base_model.model.0.q_proj.bias": torch.ones(24)}}
+    wrong = [
+        ({"adapter": good | {key: torch.full((4, 24), float("nan"))}}, ValueError, "0.q_proj.lora_A: expected finite values"),
+        ({"adapter": good | {key: torch.ones(4, 23)}}, ValueError, "0.q_proj.lora_A: expected shape (4, 24), got (4, 23)"),
+        ({"adapter": good | {key: torch.ones(3, 24)}}, ValueError, "0.q_proj.lora_B: expected shape (24, 3), got (24, 4)"),
+        ({"adapter": good | {key: torch.ones(4, 24, dtype=torch.int32)}}, ValueError, "expected a floating-point tensor"),
+        ({"adapter": good | {"0.head.lora_A.weight": torch.ones(4, 24), "0.head.lora_B.weight": torch.ones(4, 4)}}, ValueError, "0.head: not one of the modules"),
+        ({"adapter": {k: v for k, v in good.items() if k != key}}, ValueError, "0.q_proj: expected both lora_A.weight and lora_B.weight"),
+        ({"adapter": good | {"base_model.model.0.q_proj.lora_B.bias": torch.ones(24)}}, ValueError, "0.q_proj: lora_bias is not supported in a pool"),
+        (rslora, ValueError, "0.q_proj.bias: a pool holds no biases"),
+        ({"adapter": adapter_of(plain, 9, 1)}, ValueError, "expected a rank from 1 to max_rank=8, got 9"),
+        ({"adapter": {}}, ValueError, "it holds no LoRA tensors"),
+        ({"adapter": {"x": 3}}, TypeError, "expected tensors by name, got 'x': a int"),
+        ({"adapter": 3}, TypeError, "adapter: expected a directory or a dict of tensors, got a int"),
+        ({"adapter": tmp_path / "nowhere"}, FileNotFoundError, "adapter_config.json"),
+        ({"adapter": good, "lora_alpha": float("inf")}, ValueError, "lora_alpha: expected a finite number"),
+        ({"adapter": tmp_path, "lora_alpha": 3}, ValueError, "lora_alpha, use_rslora: a directory's adapter_config.json has its own"),
+    ]
+    before = [t.clone() for t in (*pool.tables.values(),)[0].__dict__.values()]
+    x = torch.randn(1, 24)
+    with torch.no_grad():
+        first = model(x, adapter_ids=["kept"])
+        for arguments, error, words in wrong:
+            for method, name in ((pool.add, "new"), (pool.replace, "kept")):
+                with pytest.raises(error) as caught:
+                    method(name, **arguments)
+                assert words in str(caught.value)
+        with pytest.raises(ValueError, match="name: 'kept' is in the pool already"):
+            pool.add("kept", good)
+        with pytest.raises(RuntimeError, match="no room for 'kept'"):
+            pool.pin("kept"), pool.add("pinned", adapter_of(plain, 8, 2)), pool.pin("pinned"), pool.replace("kept", adapter_of(plain, 8, 2))
+        pool.remove("pinned")
+        for method in (pool.remove, pool.pin, pool.unpin, pool.evict, pool.id, lambda name: pool.route([name]).__enter__(), lambda name: pool.replace(name, good)):
+            with pytest.raises(KeyError, match="name: the pool has no adapter 'nobody'; it has 'kept'"):
+                method("nobody")
+        for adapters, error, words in (
+            ("kept", TypeError, "adapters: expected a list of names, ids and None"),
+            ([1.5], TypeError, "adapters: expected names, ids and None, got 1.5"),
+            ([7], ValueError, "adapters: 7 is no adapter's id"),
+            (torch.ones(1), TypeError, "adapters: expected int64 ids"),
+        ):
+            with pytest.raises(error, match=words):
+                pool.route(adapters).__enter__()
+        with pytest.raises(ValueError, match=r"adapter_ids: expected shape \(1,\), got \(2,\)"):
+            model(x, adapter_ids=["kept", None])
+        assert pool.names() == ["kept"] and pool.id("kept") == kept and torch.equal(model(x, adapter_ids=["kept"]), first) and pool.open_route is None
+    tables = (*pool.tables.values(),)[0]
+    assert torch.equal(before[1][kept % (1 << 20)], tables.generation[kept % (1 << 20)]) and int((tables.generation >= 0).sum()) == 1
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda m: lk.AdapterPool(3, 4), TypeError, "model: expected a torch.nn.Module"),
+        (lambda m: lk.AdapterPool(m, 0), ValueError, "capacity: expected an int of at least 1, got 0"),
+        (lambda m: lk.AdapterPool(m, 4, max_rank=513), ValueError, "max_rank: expected at most 512, got 513"),
+        (lambda m: lk.AdapterPool(m, 4, slots=2.5), TypeError, "slots: expected an int of at least 1"),
+        (lambda m: lk.AdapterPool(m, 4, target_modules=["nothing"]), ValueError, "target_modules: no module is named 'nothing'"),
+        (lambda m: lk.AdapterPool(m, 4, dtype=torch.int8), TypeError, "dtype: expected a floating-point dtype"),
+        (lambda m: lk.AdapterPool(m, 4, dtype=BF16), TypeError, "dtype: expected torch.float32 (0.k_proj's) or torch.float32"),
+        (lambda m: lk.AdapterPool(nn.Sequential(nn.ReLU()), 4), ValueError, "target_modules: nothing that a pool can serve"),
+        (lambda m: lk.serve_adapters(m, m), TypeError, "pool: expected an AdapterPool"),
+        (lambda m: lk.serve_adapters(nn.Sequential(nn.Linear(2, 2)), lk.AdapterPool(m, 4)), ValueError, "pool: it was made for a model with 0.k_proj"),
+        (lambda m: lk.serve_adapters(m.__class__(Block(16), Block(16)), lk.AdapterPool(m, 4)), ValueError, "pool: 0.k_proj was 24 -> 8 on cpu, and is 16 -> 8"),
+    ],
+)
+def test_arguments_of_the_pool(make, error, words):
+    with pytest.raises(error) as caught:
+        make(block())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_has_no_break(compiler):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, model, pool, _ = served()
+    pool.add("a", adapter_of(plain, 4, 1))
+    compiled, x = torch.compile(model, fullgraph=True, backend=compiler), torch.randn(3, 24)
+    for names in (["a", None, "a"], [None, "a", "b"], None, ["b", "b", None], *[["a"] * 3] * 12):  # routes and adapters of one shape are one program
+        if names and "b" in names and "b" not in pool:
+            pool.add("b", adapter_of(plain, 2, 2))
+        with torch.no_grad(), pool.route(names) if names else contextlib.nullcontext():
+            eager = model(x)
+            check("pool compiled", compiled(x), eager.double(), eager, base=F32, K=40)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_step_reads_nothing_on_the_host(monkeypatch):
+    """What a captured graph replays: routing, and the kernels of Triton, from ids and tables that lie on the device. Every way
+    for a tensor's value to reach Python is closed while they run."""
+    lk.backends.load("triton")
+    plain, model, pool, _ = served()
+    pool.add("a", adapter_of(plain, 4, 1)), pool.add("b", adapter_of(plain, 2, 2))
+    tables, x = next(iter(pool.tables.values())), torch.randn(5, 24)
+    ids = torch.tensor([pool.id("a"), -1, pool.id("b"), 3, pool.id("a")])
+
+    class Closed(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function) and "is_nonzero" not in str(function), function
+            return function(*arguments, **(named or {}))
+
+    from lorakernels.backends.triton import tiles_of
+
+    with Closed(), torch.no_grad():
+        slots = tables.slots_of(ids)
+        order, starts = multi_ops.route(slots, len(tables.generation))
+        ends, most = tiles_of(starts, 5, 16)
+    assert slots.tolist() == [pool.id("a") % (1 << 20), -1, pool.id("b") % (1 << 20), len(tables.generation), pool.id("a") % (1 << 20)]
+    assert type(most) is int
+
+
+# -- any sequence of calls, against a dictionary -------------------------------------------------------------------------------
+
+
+class PoolAgainstDictionary(RuleBasedStateMachine):
+    NAMES = st.sampled_from("abcdef")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+        self.model = copy.deepcopy(self.plain)
+        self.pool = lk.AdapterPool(self.model, 12, slots=4, max_rank=6)
+        lk.serve_adapters(self.model, self.pool)
+        self.x, self.adapters, self.pinned, self.ended, self.last, self.seed = torch.randn(1, 6), {}, set(), set(), {}, 0
+
+    def new(self, rank):
+        self.seed += 1
+        return adapter_of(self.plain, rank, self.seed)
+
+    def rank(self, name):
+        return next(iter(self.adapters[name].values())).shape[0]
+
+    def room_for(self, names, more=0):
+        kept = self.pinned | set(names)
+        return sum(map(self.rank, kept)) + more <= 12 and len(kept) + bool(more) <= 4
+
+    def note_ids(self):
+        for name, old in list(self.last.items()):
+            adapter = self.pool._adapters.get(name)
+            if adapter is None or adapter.id != old:
+                self.ended.add(self.last.pop(name))
+        for name in self.pool.resident():
+            self.last[name] = self.pool._adapters[name].id
+
+    @rule(name=NAMES, rank=st.integers(1, 6))
+    def add(self, name, rank):
+        tensors = self.new(rank)
+        if name in self.adapters:
+            with pytest.raises(ValueError):
+                self.pool.add(name, tensors)
+        elif self.room_for([], rank):
+            self.pool.add(name, tensors)
+            self.adapters[name] = tensors
+        else:
+            with pytest.raises(RuntimeError):
+                self.pool.add(name, tensors)
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), rank=st.integers(1, 6))
+    def replace(self, data, rank):
+        name, tensors = data.draw(st.sampled_from(sorted(self.adapters))), self.new(rank)
+        others = self.pinned - {name}
+        if sum(map(self.rank, others)) + rank <= 12 and len(others) < 4:
+            self.pool.replace(name, tensors)
+            self.adapters[name] = tensors
+        else:
+            with pytest.raises(RuntimeError):
+                self.pool.replace(name, tensors)
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data())
+    def remove(self, data):
+        name = data.draw(st.sampled_from(sorted(self.adapters)))
+        self.pool.remove(name)
+        del self.adapters[name]
+        self.pinned.discard(name)
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data())
+    def pin_or_unpin(self, data):
+        name = data.draw(st.sampled_from(sorted(self.adapters)))
+        if name in self.pinned:
+            self.pool.unpin(name)
+            self.pinned.discard(name)
+        elif self.room_for([name]):
+            self.pool.pin(name)
+            self.pinned.add(name)
+        else:
+            with pytest.raises(RuntimeError):
+                self.pool.pin(name)
+
+    @precondition(lambda self: set(self.adapters) - self.pinned)
+    @rule(data=st.data())
+    def evict(self, data):
+        self.pool.evict(data.draw(st.sampled_from(sorted(set(self.adapters) - self.pinned))))
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data())
+    def serve(self, data):
+        names = data.draw(st.lists(st.sampled_from([None, *sorted(self.adapters)]), min_size=1, max_size=5))
+        x = self.x.expand(len(names), 6)
+        if not self.room_for([name for name in names if name]):
+            with pytest.raises(RuntimeError):
+                self.pool.route(names).__enter__()
+            return
+        with torch.no_grad():
+            y = self.model(x, adapter_ids=names)
+            for i, name in enumerate(names):
+                tensors = self.adapters.get(name, {})
+                single = alone(self.plain, tensors, x, self.rank(name))[i] if name else self.plain(x)[i]
+                check("pool stateful", y[i], by_hand(self.plain, tensors, x[i], 1.0), single, base=F32, K=6)
+
+    @precondition(lambda self: self.ended)
+    @rule(data=st.data())
+    def serve_an_ended_id(self, data):
+        with pytest.raises(ValueError), torch.no_grad():
+            self.model(self.x, adapter_ids=torch.tensor([data.draw(st.sampled_from(sorted(self.ended)))]))
+
+    @invariant()
+    def the_pool_is_whole(self):
+        pool, resident = self.pool, [self.pool._adapters[name] for name in self.pool.resident()]
+        self.note_ids()
+        assert set(pool.names()) == set(self.adapters) and self.pinned <= set(pool.resident())
+        pages = [p for adapter in resident for p in adapter.pages] + list(pool._free_pages)
+        slots = [adapter.slot for adapter in resident] + list(pool._free_slots)
+        assert sorted(pages) == list(range(12)) and sorted(slots) == list(range(4)) and not pool._leaving
+
+
+TestPoolAgainstDictionary = PoolAgainstDictionary.TestCase
+TestPoolAgainstDictionary.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
