@@ -42,6 +42,10 @@ def decode(rows, resident, K, N, R, seconds):
     ids = torch.randperm(resident)[:rows]
     W = linear.weight.detach()
     calls = {"base": lambda: F.linear(x, W), "lorakernels": lambda: multi_lora_linear(x, W, A, B, ids, 1.0)}
+    at = torch.randperm(resident * R)  # a pool's rank rows, anywhere
+    pages, rows_A, rows_B = torch.argsort(at).view(resident, R), A.view(-1, K)[at], B.transpose(1, 2).reshape(-1, N)[at]
+    calls["lorakernels, rank rows"] = lambda: multi_lora_linear(x, W, rows_A, rows_B, ids, 1.0, pages=pages)
+    assert torch.equal(calls["lorakernels, rank rows"](), calls["lorakernels"]())
     calls["gather + bmm"] = lambda: F.linear(x, W) + torch.bmm(B[ids], torch.bmm(A[ids], x[:, :, None]))[:, :, 0]
     if peft and resident == rows:
         layer, names = peft_layer(linear, A, B), [str(e) for e in ids.tolist()]
@@ -53,7 +57,7 @@ def decode(rows, resident, K, N, R, seconds):
     text = "  ".join(f"{name} {1e3 * t:8.3f} ms" for name, t in times.items())
     more = f"; ours / base {times['lorakernels'] / times['base']:.3f}"
     if "PEFT" in times:
-        more += f", (PEFT - base) / (ours - base) {(times['PEFT'] - times['base']) / over:.2f}"
+        more += f", (PEFT - base) / (ours - base) {(times['PEFT'] - times['base']) / over:.2f}, of rank rows {(times['PEFT'] - times['base']) / (times['lorakernels, rank rows'] - times['base']):.2f}"
     print(f"decode {rows} rows, {resident} resident, {K}->{N} r={R}: {text}{more}", flush=True)
 
 

@@ -50,7 +50,7 @@ def arguments():
 def prompts(tokenizer, names):
     """A held-out example of each row's task, or of the description task where the adapter is not one of tasks.py's."""
     _, held_out = harvest.split(harvest.harvest())
-    made, short = [], [pair for pair in held_out if len(pair["input"]) < 220]
+    made, short = [], [pair for pair in held_out if len(pair["input"]) < 120]
     for i, name in enumerate(names):
         task = name if name in tasks.TASKS else "describe"
         made.append(chat.encode(tokenizer, tasks.rows(task, [short[(7 * i) % len(short)]])[0])[0])
@@ -110,7 +110,8 @@ def main():
         with pool.route(which):
             return decode(model, ids, mask, options.tokens)
 
-    routed(names[:1] * options.rows)  # once before, so that nothing is timed that happens once
+    with pool.route(names):
+        decode(model, ids, mask, 1)  # once before, so that nothing is timed that happens once
     made, logits, seconds = routed(names)
     others, alone_seconds, wrong = {}, 0.0, []
     table = Table(title="one batch, an adapter each", show_lines=True)

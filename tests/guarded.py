@@ -48,6 +48,9 @@ def many(M, N, K, R, dtype):
     for p in (0.0, [0.0, 0.4, 0.7]):
         leaves = [t.requires_grad_() for t in (x, A, B)]
         functional.multi_lora_linear(leaves[0], W, leaves[1], leaves[2], ids, scaling, ranks=ranks, dropout_p=p).backward(dy)
+    pages = guarded(torch.randperm(3 * R).view(3, R))
+    rows_A, rows_B = guarded(torch.randn(3 * R, K)), guarded(torch.randn(3 * R, N))
+    functional.multi_lora_linear(x.requires_grad_(), W, rows_A, rows_B, ids, scaling, ranks=ranks, pages=pages).backward(dy)
 
 
 def main(which, module=None):

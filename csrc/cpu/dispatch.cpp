@@ -11,7 +11,11 @@ namespace {
 #define LK_KERNELS(isa) \
   {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear}
 #ifdef LK_X86
-const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512), LK_KERNELS(avx512bf16)};
+const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512),
+#ifndef LK_NO_AVX512BF16
+                         LK_KERNELS(avx512bf16)
+#endif
+};
 #else
 const Kernels every[] = {LK_KERNELS(portable)};
 #endif
@@ -28,7 +32,9 @@ bool processor_has(const char* isa) {
   return true;
 #endif
 #ifdef LK_X86
+#ifndef LK_NO_AVX512BF16
   if (!std::strcmp(isa, "avx512bf16")) return processor_has("avx512") && __builtin_cpu_supports("avx512bf16");
+#endif
   if (!std::strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -1,7 +1,7 @@
 // u = drop(x) A^T for the A's of one x. Compiled once per instruction set (CMakeLists.txt), see vec.h.
 //
 // The A's are packed once, rank along the vector; a task owns ROWS rows, reads its part of x once and keeps its sums
-// between blocks of K. Without dropout all A's are one product; with it each has its own mask of the same block of x.
+// between blocks of K. Where there is one task, it packs each block as it comes, which then never leaves the first cache. Without dropout all A's are one product; with it each has its own mask of the same block of x.
 #include "kernels.h"
 #include "parallel.h"
 #include "tile.h"
@@ -14,35 +14,38 @@ constexpr int64_t GROUP = 12;  // rows whose copies stay in the first cache
 
 struct Down {
   const LowrankDown* p;
-  float* panel;  // (K, width)
+  float* panel;  // (K, width); null where each block is packed as it comes
   int64_t width;  // every part's rank, rounded up to whole vectors
 };
+
+static void pack(const Down& d, int64_t k0, float* panel, float* lines) {
+  for (int i = 0; i < d.p->parts; ++i) {
+    const LowrankDown::Part& part = d.p->part[i];
+    const int64_t padded = round_up(part.R, VL);
+    pack_turned(part.A, 0, part.R, k0, smaller(BLOCK, d.p->K - k0), padded, d.width, panel, lines);
+    panel += padded;
+  }
+}
 
 static void pack_block(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
   Scratch scratch(WORKER, TURN * BLOCK);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t k0 = t * BLOCK, columns = smaller(BLOCK, d.p->K - k0);
-    float* panel = d.panel + k0 * d.width;
-    for (int i = 0; i < d.p->parts; ++i) {
-      const LowrankDown::Part& part = d.p->part[i];
-      const int64_t padded = round_up(part.R, VL);
-      pack_turned(part.A, 0, part.R, k0, columns, padded, d.width, panel, scratch.at);
-      panel += padded;
-    }
-  }
+  for (int64_t t = begin; t < end; ++t) pack(d, t * BLOCK, d.panel + t * BLOCK * d.width, scratch.at);
 }
 
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
   const LowrankDown& p = *d.p;
   const bool dropout = p.dropout.threshold;
-  Scratch scratch(WORKER, ROWS * d.width + 16 + GROUP * BLOCK_LD);
-  float *sums = scratch.next(ROWS * d.width), *block = scratch.next(GROUP * BLOCK_LD);
+  const int64_t own = d.panel ? 0 : BLOCK * d.width;
+  Scratch scratch(WORKER, ROWS * d.width + GROUP * BLOCK_LD + own + TURN * BLOCK + 64);
+  float *sums = scratch.next(ROWS * d.width), *block = scratch.next(GROUP * BLOCK_LD), *packed = scratch.next(own), *lines = scratch.next(TURN * BLOCK);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t m0 = t * ROWS, rows = smaller(ROWS, p.M - m0);
     for (int64_t k0 = 0; k0 < p.K; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, p.K - k0);
+      const float* panel = d.panel ? d.panel + k0 * d.width : packed;
+      if (!d.panel) pack(d, k0, packed, lines);
       for (int64_t m = 0; m < rows; m += GROUP) {
         const int64_t some = smaller(GROUP, rows - m);
         int64_t at = 0;
@@ -50,7 +53,7 @@ static void tasks(int64_t begin, int64_t end, void* context) {
           const Mask mask = {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold};
           const View x = view(p.x, m0 + m, some, k0, columns, mask, block);
           const int64_t width = dropout ? round_up(p.part[i].R, VL) : d.width;
-          product({x.at, x.ld, 1, d.panel + k0 * d.width + at, d.width, columns, sums + m * d.width + at, d.width, k0 > 0}, some, width / VL);
+          product({x.at, x.ld, 1, panel + at, d.width, columns, sums + m * d.width + at, d.width, k0 > 0}, some, width / VL);
           at += width;
         }
       }
@@ -73,6 +76,7 @@ void lowrank_down(const LowrankDown& p) {
   if (p.M == 0) return;
   Down d = {&p, nullptr, 0};
   for (int i = 0; i < p.parts; ++i) d.width += round_up(p.part[i].R, VL);
+  if (p.M <= ROWS) return tasks(0, 1, &d);
   Scratch scratch(CALLER, p.K * d.width);
   d.panel = scratch.at;
   parallel_for(ceil_div(p.K, BLOCK), p.K * d.width, pack_block, &d);
