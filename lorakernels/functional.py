@@ -130,8 +130,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
         seed = dropout.draw_seed(x.device)
         thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
     lora_A, lora_B, bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias))
-    order, starts = multi_ops.route(ids, E)
-    return _multi(x, weight, lora_A, lora_B, bias, scaling, (order, starts, ranks, pages, seed, thresholds), dtype)
+    return _multi(x, weight, lora_A, lora_B, bias, scaling, (*multi_ops.route(ids, E), ranks, pages, seed, thresholds), dtype)
 
 
 def _multi(x, weight, lora_A, lora_B, bias, scaling, segments, dtype, u=None):
@@ -141,7 +140,7 @@ def _multi(x, weight, lora_A, lora_B, bias, scaling, segments, dtype, u=None):
 
 
 def route(adapter_ids, shape, E, check_ids="async"):
-    """(order, starts) of multi_lora_linear's rows, for x of `shape` (..., K); one for all layers that such an x meets."""
+    """(order, starts, tiles) of multi_lora_linear's rows, for x of `shape` (..., K); one for all layers that such an x meets."""
     return multi_ops.route(_ids_of_rows(adapter_ids, shape[:-1], E, check_ids), E)
 
 

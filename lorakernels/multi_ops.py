@@ -6,29 +6,29 @@ M rows of x (tokens), E adapters of at most R ranks; A (E,R,K), B (E,N,R). `orde
 import torch
 
 from . import flops
-from .backends.reference import accumulator, stack_shape
+from .backends.reference import accumulator, stack_shape, tiles_of
 from .ops import cast, primitive, product, refuse_second_derivatives, rows
 
 
-@primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds) -> Tensor")
-def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
+@primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds) -> Tensor")
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
     width = A.shape[1] if pages is None else A.shape[1] * pages.shape[1]
     return x.new_empty(x.shape[0], width, dtype=accumulator(x.dtype))  # u (M,R), in the order of the adapters
 
 
 @primitive(
-    "multi_add_lowrank(Tensor(a!) y, Tensor u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? ranks, Tensor? pages, Tensor? seed,"
+    "multi_add_lowrank(Tensor(a!) y, Tensor u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed,"
     " Tensor? thresholds) -> ()"
 )
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
     return None
 
 
 @primitive(
-    "multi_lowrank_grad(Tensor dy, Tensor? x, Tensor? u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? ranks, Tensor? pages,"
+    "multi_lowrank_grad(Tensor dy, Tensor? x, Tensor? u, Tensor B, Tensor? scaling, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages,"
     " Tensor? seed, Tensor? thresholds, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 )
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):
     E, N, R = stack_shape(B, pages)
     du = dy.new_empty(dy.shape[0], R, dtype=accumulator(dy.dtype))
     dA = dy.new_empty((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
@@ -37,11 +37,12 @@ def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, 
 
 
 def route(ids, E):
-    """(order (M,), starts (E + 1,)) of adapter ids (M,): rows sorted by adapter, each adapter's in their own order, and where
-    each adapter's begin; first come rows with id -1, last those whose id is none. Nothing is read on the host, and sizes
-    depend on shapes alone."""
+    """(order (M,), starts (E + 1,), tiles (E + 1,)) of adapter ids (M,): rows sorted by adapter, each adapter's in their own order,
+    where each adapter's begin, and how many tiles they make (None on the CPU); first come rows with id -1, last those whose id is
+    none. Nothing is read on the host, and sizes depend on shapes alone."""
     ordered, order = torch.sort(torch.where((ids < -1) | (ids > E), E, ids), stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
+    starts = torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
+    return order, starts, None if ids.device.type == "cpu" else tiles_of(starts, len(ids))
 
 
 def base(x, W, scales, turned, bias):
@@ -60,10 +61,10 @@ class MultiLoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, bias, scaling, order, starts, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u):
-        y, u = forward(x, W, A, B, bias, scaling, order, starts, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u)
+    def forward(ctx, x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u):
+        y, u = forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u)
         keep_x = A.requires_grad or W.requires_grad
-        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, scaling, order, starts, ranks, pages, seed, thresholds, absmax, nested)
+        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, scaling, order, starts, tiles, ranks, pages, seed, thresholds, absmax, nested)
         ctx.dtype, ctx.format, ctx.x_shape, ctx.x_dtype = dtype, format, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -71,7 +72,7 @@ class MultiLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivatives()
-        x, W, A, B, u, scaling, order, starts, ranks, pages, seed, thresholds, absmax, nested = ctx.saved_tensors
+        x, W, A, B, u, scaling, order, starts, tiles, ranks, pages, seed, thresholds, absmax, nested = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         dtypes = W.dtype, A.dtype, B.dtype
         x, W = cast(ctx.dtype, x, W)
@@ -79,7 +80,7 @@ class MultiLoraLinear(torch.autograd.Function):
         dy = rows(dy)
         x = None if x is None else rows(x)
         dx = dW = dA = dB = dbias = None
-        segments = (order, starts, ranks, pages, seed, thresholds)
+        segments = (order, starts, tiles, ranks, pages, seed, thresholds)
         if need_x or need_A or need_B:
             du, dA, dB = multi_lowrank_grad(dy, x if need_A else None, u if need_B else None, B, scaling, *segments, dtypes[1])
             dA, dB = dA if need_A else None, dB.to(dtypes[2]) if need_B else None
@@ -92,18 +93,18 @@ class MultiLoraLinear(torch.autograd.Function):
                 dW = torch.mm(dy.t(), x).to(dtypes[0])
         if need_bias:
             dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
-        return dx, dW, dA, dB, dbias, *[None] * 12
+        return dx, dW, dA, dB, dbias, *[None] * 13
 
 
-def forward(x, W, A, B, bias, scaling, order, starts, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u):
+def forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u):
     """y and u, which may be there already. Rows of a pool are never copied, so autocast leaves them as they are."""
     x, W, bias = cast(dtype, x, W, bias)
     A, B = (A, B) if pages is not None else cast(dtype, A, B)
     x_rows = rows(x)
     y = base(x_rows, W, None if absmax is None else (absmax, nested, format), False, bias)
     if u is None:
-        u = multi_lowrank_down(x_rows, A, order, starts, ranks, pages, seed, thresholds)
-    multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, None, None)
+        u = multi_lowrank_down(x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds)
+    multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
     return y.view(*x.shape[:-1], y.shape[1]), u
 
 

@@ -149,6 +149,9 @@ class AdapterPool:
             raise TypeError(f"dtype: expected {own} ({name}'s) or torch.float32, got {self._dtype}")
         return self._dtype
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError("an AdapterPool, and a model that serves from one, cannot be copied or pickled: copy the model before serve_adapters()")
+
     # -- who is in the pool --------------------------------------------------------------------------------------------
 
     def names(self):
@@ -189,6 +192,7 @@ class AdapterPool:
         with self._lock:
             self._check_new(name)
             self._check_room(repr(name), made.rank)
+            self._stage(made)
             self._adapters[name] = made
             self._bring([name])
             return made.id
@@ -201,6 +205,7 @@ class AdapterPool:
             old = self._known(name)
             own = (0, 0) if old.slot is None or self._busy(old) else (old.rank, 1)
             self._check_room(repr(name), made.rank, 1, {name}, own)
+            self._stage(made)
             made.pinned = old.pinned
             self._drop(old)
             self._adapters[name] = made
@@ -251,7 +256,7 @@ class AdapterPool:
         pool's memory, all at once, and stay there while the route is open. A tensor is read by the kernels, where it lies: ids changed in
         place, before a captured graph is replayed too, are those of the next forward; while it is open nobody leaves the memory.
 
-        Raises TypeError, ValueError or KeyError naming what is wrong; RuntimeError where the adapters do not fit at once.
+        Raises TypeError or ValueError naming what is wrong; RuntimeError where the adapters do not fit at once.
         """
         with self._lock:
             if isinstance(adapters, torch.Tensor):
@@ -309,7 +314,7 @@ class AdapterPool:
 
     def _known(self, name):
         if name not in self._adapters:
-            raise KeyError(f"name: the pool has no adapter {name!r}; it has {', '.join(map(repr, self._adapters)) or 'none'}")
+            raise ValueError(f"name: the pool has no adapter {name!r}; it has {', '.join(map(repr, self._adapters)) or 'none'}")
         return self._adapters[name]
 
     def _idle(self, besides):
@@ -332,6 +337,8 @@ class AdapterPool:
         rows, slots = sum(adapter.rank for adapter in absent), len(absent)
         if absent:
             self._check_room(", ".join(map(repr, names)), rows, slots, names)
+        for adapter in absent:
+            self._stage(adapter)
         for other in self._idle(names):
             if len(self._free_pages) >= rows and len(self._free_slots) >= slots:
                 break
@@ -341,6 +348,12 @@ class AdapterPool:
         self._clock += 1
         for name in names:
             self._adapters[name].used = self._clock
+
+    def _stage(self, adapter):
+        """Its matrices onto their devices: what can run out of memory does so before anything is changed."""
+        for name, (A, B) in adapter.matrices.items():
+            device = self._places[name].rows_B.device
+            adapter.matrices[name] = A.to(device), B.to(device)
 
     @torch.no_grad()
     def _write(self, adapter):
@@ -354,8 +367,8 @@ class AdapterPool:
                 place = self._places[name]
                 if place.rows_B.device == device:
                     A, B = adapter.matrices[name]
-                    place.shared.rows_A[at[:rank], place.part] = A.to(device, place.shared.rows_A.dtype)
-                    place.rows_B[at[:rank], :, 0] = B.t().to(device, place.rows_B.dtype)
+                    place.shared.rows_A[at[:rank], place.part] = A
+                    place.rows_B[at[:rank], :, 0] = B.t()
                     ranks[place.row], scaling[place.row] = rank, scale
             tables.pages[slot, : len(pages)] = at
             tables.ranks[:, slot] = torch.tensor(ranks, device=device)
@@ -428,10 +441,12 @@ class AdapterPool:
             for kind, tensor, shape in (("lora_A", A, (rank, K)), ("lora_B", B, (N, rank))):
                 if tuple(tensor.shape) != shape:
                     raise ValueError(f"{where}: {name}.{kind}: expected shape {shape}, got {tuple(tensor.shape)}")
+            A, B = (tensor.detach().to(place.rows_B.dtype) for tensor in (A, B))
+            for kind, tensor in (("lora_A", A), ("lora_B", B)):
                 if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"{where}: {name}.{kind}: expected finite values")
+                    raise ValueError(f"{where}: {name}.{kind}: expected finite values in {tensor.dtype}, the pool's dtype")
             modules[name] = rank, lora_scaling(rank if own_alpha is None else own_alpha, rank, rslora)
-            matrices[name] = A.detach(), B.detach()
+            matrices[name] = A, B
         if not modules:
             raise ValueError(f"{where}: it holds no LoRA tensors")
         return Adapter(modules, matrices)
@@ -454,6 +469,28 @@ def _sharing(bases):
         full = [n for n in full if _weight(bases[n]).dtype == _weight(base).dtype]
         taken.update(full)
         yield full
+
+
+class Calls:
+    """A served model's hooks: its adapter_ids open a route for one forward."""
+
+    def __init__(self, pool):
+        self.pool, self.opened = pool, []
+
+    def before(self, module, arguments, named):
+        named = dict(named)
+        adapters = named.pop("adapter_ids", None)
+        route = None if adapters is None else self.pool.route(adapters)
+        if route is not None:
+            route.__enter__()
+        self.opened.append(route)
+        if self.pool.open_route is not None:
+            self.pool.open_route.begin()
+        return arguments, named
+
+    def after(self, module, arguments, named, output):
+        if self.opened and (route := self.opened.pop()) is not None:
+            route.__exit__(None, None, None)
 
 
 def serve_adapters(model, pool):
@@ -480,26 +517,9 @@ def serve_adapters(model, pool):
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    opened = []
-
-    def before(module, arguments, named):
-        if "adapter_ids" in named:
-            named = dict(named)
-            route = pool.route(named.pop("adapter_ids"))
-            route.__enter__()
-            opened.append(route)
-        else:
-            opened.append(None)
-        if pool.open_route is not None:
-            pool.open_route.begin()
-        return arguments, named
-
-    def after(module, arguments, named, output):
-        if opened and (route := opened.pop()) is not None:
-            route.__exit__(None, None, None)
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    calls = Calls(pool)
+    model.register_forward_pre_hook(calls.before, with_kwargs=True)
+    model.register_forward_hook(calls.after, with_kwargs=True, always_call=True)
     report = Report({name: "replaced" for name in layers})
     report.update({name: f"skipped: {why}" for name, why in pool.skipped.items()})
     return report

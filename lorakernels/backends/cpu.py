@@ -103,28 +103,28 @@ def nf4_linear_lowrank(
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
 
 
-def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere, in C++."""
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in C++."""
     (E, R, K), parts = A.shape, 1
     if pages is not None:
         parts, (E, R) = R, pages.shape
-    u = x.new_zeros(x.shape[0], parts * R, dtype=torch.float32)
+    u = x.new_empty(x.shape[0], parts * R, dtype=torch.float32)
     module().multi_lowrank_down(native.segments(E, R, order, starts, ranks, pages, seed, thresholds), K, parts, native.matrix(x), native.stack(A), native.matrix(u))
     return u
 
 
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
     """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in C++; rows without adapter are not touched,
     those whose id is none become NaN."""
     E, N, R = stack_shape(B, pages)
     module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling), *y.shape, native.matrix(y), native.matrix(u), native.stack(B))
 
 
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):
     """du, dA and dB of every adapter, each one's rows in their order, in C++."""
     E, N, R = stack_shape(B, pages)
     K = 0 if x is None else x.shape[1]
-    du = dy.new_zeros(dy.shape[0], R, dtype=torch.float32)
+    du = dy.new_empty(dy.shape[0], R, dtype=torch.float32)
     dA = None if x is None else dy.new_zeros(E, R, K, dtype=dtype)
     dB = None if u is None else dy.new_zeros(E, N, R, dtype=dtype)
     module().multi_lowrank_grad(

@@ -122,16 +122,16 @@ def _many(tensor):
     return triton if triton.why_not(tensor.device.type, tensor.dtype) is None else reference
 
 
-def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
     """u (M,R) = drop(x) A_e^T of each row's adapter e, by the triton backend."""
-    return _many(x).multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds)
+    return _many(x).multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds)
 
 
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
     """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, by the triton backend."""
-    return _many(y).multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds)
+    return _many(y).multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds)
 
 
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):
     """du, dA and dB of every adapter, by the triton backend."""
-    return _many(dy).multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype)
+    return _many(dy).multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype)

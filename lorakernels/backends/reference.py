@@ -147,10 +147,21 @@ def nf4_linear_lowrank(
 # order (M,) holds the rows sorted by adapter; those of adapter e are order[starts[e] : starts[e + 1]], what lies outside of all
 # has none. u and du have their rows in that order. Adapter e uses its first ranks[e] ranks of the stacks A (E,R,K) and B (E,N,R),
 # scaling[e], and drops where a lane lies below thresholds[e]. seed, ranks and scaling may be None. What lies from
-# order[starts[E]] on has an id that is none.
+# order[starts[E]] on has an id that is none. tiles (E + 1,), for kernels that work on TILE_ROWS rows of one adapter at a time: how many
+# such tiles the adapters up to each have, the rows whose id is none at the end; None where no such kernel runs.
 #
 # With pages (E,R) there is no stack: rank r of adapter e is A[pages[e, r]] of A (P,G,K), and B[pages[e, r]] of B (P,N,1). The G
-# parts of A share x: ranks is (G,E), part g has columns g * R and on of u (M, G * R).
+# parts of A share x: ranks is (G,E), part g has columns g * R and on of u (M, G * R). Of u and du nobody reads what is no adapter's,
+# or lies beyond its rank: kernels leave it as it is.
+
+
+TILE_ROWS = 16
+
+
+def tiles_of(starts, M):
+    """`tiles`, of M rows. Nothing is read on the host."""
+    ends = torch.nn.functional.pad(starts[1:], (0, 1), value=M)
+    return ((ends - starts + (TILE_ROWS - 1)) // TILE_ROWS).cumsum(0)
 
 
 def segments(order, starts, ranks, R, part=0):
@@ -181,8 +192,8 @@ def ranks_across(B, pages, e, rank):
     return B[e, :, :rank] if pages is None else B[pages[e, :rank], :, 0].t()
 
 
-def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere: a torch product for each adapter."""
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere here: a torch product for each adapter."""
     dtype = accumulator(x.dtype)
     parts, R = (1, A.shape[1]) if pages is None else (A.shape[1], pages.shape[1])
     u = x.new_zeros(x.shape[0], parts * R, dtype=dtype)
@@ -192,7 +203,7 @@ def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
     return u
 
 
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
     """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place; rows without adapter are not touched, those whose id
     is none become NaN."""
     for e, rows, places, rank in segments(order, starts, ranks, u.shape[1]):
@@ -211,7 +222,7 @@ def stack_shape(B, pages):
     return tuple(B.shape) if pages is None else (pages.shape[0], B.shape[1], pages.shape[1])
 
 
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):
     """du = scaling_e * dy B_e, dA_e = du^T drop(x), dB_e = scaling_e * dy^T u over each adapter's rows: torch products.
 
     du (M,R) is float32; dA (E,R,K) and dB (E,N,R) are rounded once to dtype, zero where nothing adds to them. Without x no

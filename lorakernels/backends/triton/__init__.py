@@ -13,7 +13,7 @@ from ... import dropout
 from ...nf4 import floats_of
 from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
 from ..nf4_path import FEW, FUSED, nf4_path
-from ..reference import base_product, nf4_product, stack_shape
+from ..reference import TILE_ROWS, base_product, nf4_product, stack_shape, tiles_of
 
 
 def why_not(device_type, dtype):
@@ -323,67 +323,67 @@ def nf4_linear_lowrank_fused(
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
 
 
-def tiles_of(starts, M, block):
-    """(how many tiles of `block` rows the adapters up to each have, the most that there can be): nothing is read on the host."""
-    counts = starts[1:] - starts[:-1]
-    return ((counts + (block - 1)) // block).cumsum(0), M // block + min(len(counts), M)
+def at_most(M, E):
+    """Tiles of TILE_ROWS rows that M rows of E adapters can make: how many there are is known on the device alone."""
+    return M // TILE_ROWS + min(E, M)
 
 
-def multi_lowrank_down(x, A, order, starts, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere, in Triton."""
-    u = x.new_zeros(x.shape[0], A.shape[1] * (1 if pages is None else pages.shape[1]), dtype=torch.float32)
-    return _multi_down(x, A, None, order, starts, ranks, pages, seed, thresholds, u)
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
+    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in Triton."""
+    u = x.new_empty(x.shape[0], A.shape[1] * (1 if pages is None else pages.shape[1]), dtype=torch.float32)
+    return _multi_down(x, A, None, order, starts, tiles, ranks, pages, seed, thresholds, u)
 
 
-def _multi_down(x, A, scaling, order, starts, ranks, pages, seed, thresholds, u):
-    from . import multi, tiles
+def _multi_down(x, A, scaling, order, starts, tiles, ranks, pages, seed, thresholds, u):
+    from . import multi
+    from . import tiles as table
 
     (M, K), (E, R, _), parts = x.shape, A.shape, 1
     if pages is not None:
         parts, (E, R) = R, pages.shape
     if M == 0:
         return u
-    tile = tiles.multi_down(M, E, R, x.dtype != torch.float32)
-    ends, most = tiles_of(starts, M, tile.BLOCK_M)
+    tile = table.multi_down(R, x.dtype != torch.float32)
+    tiles = tiles_of(starts, M) if tiles is None else tiles
     with on_device(x):
-        multi.multi_down[(most, parts * -(-R // tile.BLOCK_R))](
-            x, A, order, starts, ends, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
+        multi.multi_down[(at_most(M, E), parts * -(-R // tile.BLOCK_R))](
+            x, A, order, starts, tiles, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
             order if seed is None else thresholds, u if scaling is None else scaling, u,
-            K, R, E,
+            M, K, R, E,
             *x.stride(), *A.stride(), 0 if pages is None else pages.stride(0), u.stride(0),
-            ranks is not None, pages is not None, seed is not None, scaling is not None, mode(x.dtype, A.dtype), terms(x.dtype), E.bit_length(),
+            ranks is not None, pages is not None, seed is not None, scaling is not None, mode(x.dtype, A.dtype), terms(x.dtype), (E + 1).bit_length(),
             **tile._asdict(),
         )  # fmt: skip
     return u
 
 
-def multi_add_lowrank(y, u, B, scaling, order, starts, ranks, pages, seed, thresholds):
+def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
     """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in Triton; rows without adapter are not touched,
     those whose id is none become NaN."""
-    from . import multi, tiles
+    from . import multi
+    from . import tiles as table
 
     M, (E, N, R) = y.shape[0], stack_shape(B, pages)
     if M == 0:
         return
-    tile = tiles.multi_add(M, E, R, y.dtype != torch.float32)
-    starts = torch.nn.functional.pad(starts, (0, 1), value=M)  # one segment more, of the rows whose id is none
-    ends, most = tiles_of(starts, M, tile.BLOCK_M)
+    tile = table.multi_add(y.dtype != torch.float32)
+    tiles = tiles_of(starts, M) if tiles is None else tiles
     with on_device(y):
-        multi.multi_add[(most, -(-N // tile.BLOCK_N))](
-            y, u, B, order, starts, ends, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
+        multi.multi_add[(at_most(M, E + 1), -(-N // tile.BLOCK_N))](
+            y, u, B, order, starts, tiles, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
             order if seed is None else thresholds, u if scaling is None else scaling,
-            N, R, E,
+            M, N, R, E,
             y.stride(0), u.stride(0), *B.stride(), 0 if pages is None else pages.stride(0),
             ranks is not None, pages is not None, seed is not None, scaling is not None, mode(y.dtype, B.dtype), (E + 1).bit_length(),
             **tile._asdict(),
         )  # fmt: skip
 
 
-def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, thresholds, dtype):
+def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):
     """du, dA and dB of every adapter in a launch each, an adapter's rows in their order, in Triton."""
     E, N, R = stack_shape(B, pages)
-    du = dy.new_zeros(dy.shape[0], R, dtype=torch.float32)
-    _multi_down(dy, B.transpose(1, 2), scaling, order, starts, ranks, pages, None, None, du)
+    du = dy.new_empty(dy.shape[0], R, dtype=torch.float32)
+    _multi_down(dy, B.transpose(1, 2), scaling, order, starts, tiles, ranks, pages, None, None, du)
     dA = dy.new_empty((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
     dB = dy.new_empty((0,) if u is None else (E, N, R), dtype=dtype)
     if x is not None:
@@ -394,10 +394,11 @@ def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, ranks, pages, seed, 
 
 
 def _multi_outer(small, large, scaling, order, starts, ranks, seed, thresholds, out, adapter):
-    from . import multi, tiles
+    from . import multi
+    from . import tiles as table
 
     E, R, K = out.shape
-    tile = tiles.multi_outer(large.dtype != torch.float32)
+    tile = table.multi_outer(large.dtype != torch.float32)
     with on_device(large):
         multi.multi_outer[(-(-K // tile.BLOCK_K), E, -(-R // tile.BLOCK_R))](
             small, large, order, starts, order if ranks is None else ranks, order if seed is None else seed,

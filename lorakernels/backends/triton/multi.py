@@ -8,16 +8,16 @@ from .language import dot_terms, dropped, lowrank_tile
 
 
 @triton.jit
-def segment_of(tile, starts, tiles, E, BLOCK_M: tl.constexpr, STEPS: tl.constexpr):
-    """(adapter, first place, end of its places) of a tile of rows. tiles[e]: how many tiles the adapters up to e have, more than
-    `tile` for the last; found by halving, 2 ** STEPS > E."""
-    low, high = 0, E - 1
+def segment_of(tile, starts, tiles, E, M, BLOCK_M: tl.constexpr, STEPS: tl.constexpr):
+    """(adapter, first place, end of its places) of a tile of rows, E for rows whose id is none. tiles[e]: how many tiles the
+    adapters up to e have, more than `tile` for the last; found by halving, 2 ** STEPS > E + 1."""
+    low, high = 0, E
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
         later = tl.load(tiles + middle) <= tile
         low, high = tl.where(later, middle + 1, low), tl.where(later, high, middle)
     before = tl.load(tiles + low - 1, mask=low > 0, other=0)
-    return low, tl.load(starts + low) + (tile - before) * BLOCK_M, tl.load(starts + low + 1)
+    return low, tl.load(starts + low) + (tile - before) * BLOCK_M, tl.load(starts + low + 1, mask=low < E, other=M)
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def multi_down(
     # pointers
     x, A, order, starts, tiles, ranks, pages, seed, thresholds, scaling, u,
     # sizes
-    K, R, E,
+    M, K, R, E,
     # strides
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_pe, stride_um,
     # what the kernel is made for
@@ -37,7 +37,7 @@ def multi_down(
     PAGED: A[pages[e, r], part, k], its ranks ranks[part, e], its columns part * R and on of u."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles + E - 1):
-        e, first, end = segment_of(tile, starts, tiles, E, BLOCK_M, STEPS)
+        e, first, end = segment_of(tile, starts, tiles, E, M, BLOCK_M, STEPS)
         rank = R
         part, r0 = 0, tl.program_id(1) * BLOCK_R
         if PAGED:
@@ -83,7 +83,7 @@ def multi_add(
     # pointers
     y, u, B, order, starts, tiles, ranks, pages, seed, thresholds, scaling,
     # sizes
-    N, R, E,
+    M, N, R, E,
     # strides
     stride_ym, stride_um, stride_be, stride_bn, stride_br, stride_pe,
     # what the kernel is made for
@@ -95,7 +95,7 @@ def multi_add(
     PAGED: B[pages[e, r], n]. Rows of segment E, whose id is none, become NaN."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles + E):
-        e, first, end = segment_of(tile, starts, tiles, E + 1, BLOCK_M, STEPS)
+        e, first, end = segment_of(tile, starts, tiles, E, M, BLOCK_M, STEPS)
         known = e < E
         rank = tl.where(known, R, 0)
         if HAS_RANKS:

@@ -9,6 +9,8 @@ its operands in registers. tl.dot needs at least 16 of each dimension.
 import itertools
 from typing import NamedTuple
 
+from ..reference import TILE_ROWS
+
 
 def _power_of_two(value, low, high):
     return min(high, max(low, 1 << (value - 1).bit_length()))
@@ -161,27 +163,26 @@ def every_nf4_linear_lowrank():
     return [nf4_linear_lowrank(M) for M in (16, 32, 64, 128)]
 
 
-# Many adapters: tiles of 16 rows where an adapter has few of them (shapes tell no more than their average), of 32 else; more would be
-# padding. Their other sizes are those of one adapter's kernels.
+# Many adapters: tiles of TILE_ROWS rows, which routing counts for all layers (backends/reference.py); more would be padding where an
+# adapter has few, and spill in places.
 
 
-def multi_down(M, E, R, half):
-    few = M <= 16 * E
+def multi_down(R, half):
     if half:
-        return DownTile(16, 64, 16, 4, 2)  # 32 rows and 2 warps spill on sm_100, 32 ranks on sm_90
-    return DownTile(16 if few else 32, 32, _power_of_two(R, 16, 32), 4, 2)
+        return DownTile(TILE_ROWS, 64, 16, 4, 2)  # 2 warps spill on sm_100, 32 ranks on sm_90
+    return DownTile(TILE_ROWS, 32, _power_of_two(R, 16, 32), 4, 2)
 
 
 def every_multi_down(half):
-    return sorted({multi_down(M, 8, R, half) for M, R in itertools.product((8, 4096), (16, 32))})
+    return sorted({multi_down(R, half) for R in (16, 32)})
 
 
-def multi_add(M, E, R, half):
-    return Tile(16 if M <= 16 * E else 32, 64 if half else 32, 16, 4, 1)  # two stages or 64 columns of float32 spill on sm_100, 32 ranks on sm_80
+def multi_add(half):
+    return Tile(TILE_ROWS, 64 if half else 32, 16, 4, 1)  # two stages or 64 columns of float32 spill on sm_100
 
 
 def every_multi_add(half):
-    return sorted({multi_add(M, 8, R, half) for M, R in itertools.product((8, 4096), (16, 32))})
+    return [multi_add(half)]
 
 
 def multi_outer(half):
