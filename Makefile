@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
-STEPS ?= 24
+STEPS ?= 28
 ARGS ?=
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(8, len(os.sched_getaffinity(0)))))" 2>/dev/null || echo 1)
 SOURCES := $(shell find csrc lorakernels -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml CMakeLists.txt
@@ -23,8 +23,8 @@ demo: $(BIN)/.examples
 	@echo "== the same once more, over the base in 4 bits"
 	$(BIN)/python examples/finetune.py --out $(OUT)/nf4 --steps $(STEPS) $(ARGS) --quantize nf4 --beside $(OUT)
 	@echo "== eight adapters at once, each trained for a task of its own, then all of them in one batch"
-	$(BIN)/python examples/train_many.py --out $(OUT)/many --steps 6 --check 1
-	$(BIN)/python examples/serve_many.py --adapters $(OUT)/many --tokens 8
+	$(BIN)/python examples/train_many.py --out $(OUT)/many --steps 4 --check 1
+	$(BIN)/python examples/serve_many.py --adapters $(OUT)/many --tokens 6
 
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)

@@ -206,7 +206,8 @@ def threads(request):
 
 
 def test_repeats_give_the_same_bits(backend, device, threads):
-    case = make_case(257, 96, 700, 16, BF16, F32, device=device, p=0.1)
+    M, N = (65, 130) if backend == "triton" and device == "cpu" else (257, 700)  # the interpreter takes half a minute for what it repeats by nature
+    case = make_case(M, 96, N, 16, BF16, F32, device=device, p=0.1)
     torch.manual_seed(5)
     first = oracle.run(lora_linear, case)
     for _ in range(3):
