@@ -134,7 +134,9 @@ def test_rows(backend, device, M):
 
 @pytest.mark.parametrize("K, N", [(3424, 17), (17, 2049), (1000, 1000), (7392, 17), (17, 7392)])
 def test_awkward_sizes(backend, device, K, N):
-    Case(9, K, N, 4, [1, 64, 200, 7], DISTRIBUTIONS["random"](9, 4), BF16, F32, device).hold(label=f"{K}->{N} ")
+    # in Triton's interpreter 200 ranks of the larger sizes take a minute each, and what they add is more of the same tiles
+    ranks = [1, 3, 17, 7] if backend == "triton" and device == "cpu" and max(K, N) > 2000 else [1, 64, 200, 7]
+    Case(9, K, N, 4, ranks, DISTRIBUTIONS["random"](9, 4), BF16, F32, device).hold(label=f"{K}->{N} ")
 
 
 @pytest.mark.parametrize("E", [1, 40, 300])
