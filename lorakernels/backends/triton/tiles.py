@@ -169,7 +169,7 @@ def every_nf4_linear_lowrank():
 
 def multi_down(R, half):
     if half:
-        return DownTile(TILE_ROWS, 64, 16, 4, 2)  # 2 warps spill on sm_100, 32 ranks on sm_90
+        return DownTile(TILE_ROWS, 64, 16, 4, 3)  # 2 warps spill on sm_100, 2 stages and 32 ranks on sm_90
     return DownTile(TILE_ROWS, 32, _power_of_two(R, 16, 32), 4, 2)
 
 
