@@ -14,7 +14,8 @@ from .multi_models import adapter_parameters, apply_multi_lora
 from .multi_modules import MultiLoraLinear
 from .nf4 import NF4Tensor
 from .nf4_modules import NF4Linear, QLoraLinear
-from .pool import AdapterPool, serve_adapters
+from .pool import AdapterPool
+from .serving import serve_adapters
 
 __all__ = [
     "AdapterPool",

@@ -79,10 +79,17 @@ def apply_lora(
     return report
 
 
-def report_on(model, wanted):
-    """The Report of what will be replaced among the modules that are wanted."""
+def report_on(model, wanted, why_not=None):
+    """The Report of what will be replaced among the modules that are wanted. why_not(model, name): why_skipped by default."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and name in wanted]
-    return Report({name: f"skipped: {why}" if (why := why_skipped(model, name)) else "replaced" for name in names})
+    return Report({name: f"skipped: {why}" if (why := (why_not or why_skipped)(model, name)) else "replaced" for name in names})
+
+
+def why_not_many(model, name):
+    """None where a layer with many adapters can take a module's place, else the reason."""
+    if is_bnb(model.get_submodule(name)):
+        return "a bitsandbytes Linear4bit; put NF4Linear.from_bnb() of it in its place first"
+    return why_skipped(model, name)
 
 
 def put_adapters(model, plan, quantize=None):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .models import check_model, find_targets, report_on
+from .models import check_model, find_targets, report_on, why_not_many
 from .modules import check_size
 from .multi_modules import Batch, MultiLoraLinear
 
@@ -27,7 +27,7 @@ def apply_multi_lora(
     for rank in every:
         check_size("ranks", rank)
     wanted = find_targets(model, target_modules, exclude_modules, None, None)
-    report = report_on(model, wanted)
+    report = report_on(model, wanted, why_not_many)
     if not report.replaced:
         raise ValueError(f"target_modules: nothing to put adapters on. {report}")
     arguments = dict(num_adapters=num_adapters, max_rank=max(every), ranks=ranks, lora_alpha=lora_alpha, lora_dropout=lora_dropout, adapter_dtype=adapter_dtype)

@@ -10,15 +10,14 @@ import torch
 
 from . import functional
 from .checkpoint import read_adapter, sort_tensors
-from .models import Report, check_model, find_targets, report_on, why_skipped
+from .models import check_model, find_targets, report_on, why_not_many
 from .modules import check_size, lora_scaling
 from .nf4_modules import NF4Linear
-from .pool_modules import PoolLinear, Shared
+from .pool_modules import Shared
+from .routes import NOBODY, NONE, SLOTS, Route, Tables
 
 # Children of one module that are given the same x: one product with A serves them all.
 SHARE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"}, {"q", "k", "v"}, {"wq", "wk", "wv"}, {"w1", "w3"}, {"wi_0", "wi_1"})
-SLOTS = 1 << 20  # an id is generation * SLOTS + slot
-NONE, NOBODY = -1, -1  # an id's; a generation's
 
 
 class Adapter:
@@ -38,49 +37,6 @@ class Place(NamedTuple):
     part: int
     rows_B: torch.Tensor  # (P, N, 1)
     row: int  # of the tables of its device
-
-
-class Tables:
-    """What the kernels read of a device's adapters; updated in place, so that a captured graph sees other adapters too."""
-
-    def __init__(self, device, modules, slots, max_rank):
-        self.pages = torch.zeros(slots, max_rank, dtype=torch.int64, device=device)
-        self.generation = torch.full((slots,), NOBODY, dtype=torch.int64, device=device)
-        self.ranks = torch.zeros(modules, slots, dtype=torch.int64, device=device)
-        self.scaling = torch.zeros(modules, slots, dtype=torch.float32, device=device)
-
-    def slots_of(self, ids):
-        """Ids -> slots; -1 stays, an id whose adapter has gone becomes one slot too many."""
-        slots = len(self.generation)
-        slot = ids & (SLOTS - 1)
-        known = (ids >= 0) & (slot < slots) & (self.generation[slot.clamp(max=slots - 1)] == ids // SLOTS)
-        return torch.where(ids == NONE, ids, torch.where(known, slot, slots))
-
-
-class Route:
-    """The adapters of a batch's rows. `of` gives their order for an x, made once for each shape and forward of the model."""
-
-    def __init__(self, pool, ids):
-        self.pool, self.ids, self.on, self.made = pool, ids, {ids.device: ids}, {}
-
-    def begin(self):
-        """A forward of the model begins: what was made before is made again, within a graph that is being captured too."""
-        self.made.clear()
-
-    def of(self, x):
-        key = x.shape[:-1], x.device
-        if key not in self.made:
-            if x.device not in self.pool.tables:
-                raise ValueError(f"x: expected a device that the pool was made for ({', '.join(map(str, self.pool.tables))}), got {x.device}")
-            if x.device not in self.on:
-                self.on[x.device] = self.ids.to(x.device, non_blocking=True)
-            tables = self.pool.tables[x.device]
-            slots = tables.slots_of(self.on[x.device])
-            if not x.is_cuda and not torch.compiler.is_compiling() and (gone := (slots == len(tables.generation)).nonzero()).numel():
-                at = tuple(gone[0].tolist())
-                raise ValueError(f"adapter_ids: row {at[0] if len(at) == 1 else at} has the id {self.ids[at].item()}, which is no adapter's, or whose adapter has left the pool")
-            self.made[key] = functional.route(slots, x.shape, len(tables.generation))
-        return self.made[key]
 
 
 class AdapterPool:
@@ -113,7 +69,7 @@ class AdapterPool:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
         wanted = find_targets(model, target_modules, exclude_modules, None, None)
-        report = report_on(model, wanted)
+        report = report_on(model, wanted, why_not_many)
         self.skipped = report.skipped
         bases = {name: model.get_submodule(name) for name in report.replaced}
         if not bases:
@@ -125,10 +81,10 @@ class AdapterPool:
         self._allocate(bases)
 
     def _allocate(self, bases):
-        device_of = {name: _weight(base).device for name, base in bases.items()}
+        device_of = {name: weight_of(base).device for name, base in bases.items()}
         counts = collections.Counter(device_of.values())
         self.tables = {device: Tables(device, count, self.slots, self.max_rank) for device, count in counts.items()}
-        self._places, row = {}, collections.Counter()
+        self.places, row = {}, collections.Counter()
         for names in _sharing(bases):
             base, device = bases[names[0]], device_of[names[0]]
             tables, first = self.tables[device], row[device]
@@ -138,7 +94,7 @@ class AdapterPool:
             shared = Shared(rows_A, tables.ranks[of_these], tables.scaling[of_these], tables.pages)
             for part, name in enumerate(names):
                 rows_B = torch.zeros(self.capacity, bases[name].out_features, 1, dtype=dtype, device=device)
-                self._places[name] = Place(shared, part, rows_B, first + part)
+                self.places[name] = Place(shared, part, rows_B, first + part)
             row[device] += len(names)
 
     def _dtype_over(self, name, base):
@@ -174,7 +130,7 @@ class AdapterPool:
 
     def memory(self):
         """Bytes of all rank rows."""
-        tensors = {id(t): t for place in self._places.values() for t in (place.shared.rows_A, place.rows_B)}
+        tensors = {id(t): t for place in self.places.values() for t in (place.shared.rows_A, place.rows_B)}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def add(self, name, adapter, *, lora_alpha=None, use_rslora=False):
@@ -352,7 +308,7 @@ class AdapterPool:
     def _stage(self, adapter):
         """Its matrices onto their devices: what can run out of memory does so before anything is changed."""
         for name, (A, B) in adapter.matrices.items():
-            device = self._places[name].rows_B.device
+            device = self.places[name].rows_B.device
             adapter.matrices[name] = A.to(device), B.to(device)
 
     @torch.no_grad()
@@ -364,7 +320,7 @@ class AdapterPool:
             at = torch.tensor(pages, device=device)
             ranks, scaling = [0] * len(tables.ranks), [0.0] * len(tables.ranks)
             for name, (rank, scale) in adapter.modules.items():
-                place = self._places[name]
+                place = self.places[name]
                 if place.rows_B.device == device:
                     A, B = adapter.matrices[name]
                     place.shared.rows_A[at[:rank], place.part] = A
@@ -381,7 +337,7 @@ class AdapterPool:
         """To CPU memory, as it is."""
         matrices = {}
         for name, (rank, _) in adapter.modules.items():
-            place = self._places[name]
+            place = self.places[name]
             at = torch.tensor(adapter.pages[:rank], device=place.rows_B.device)
             matrices[name] = place.shared.rows_A[at, place.part].cpu(), place.rows_B[at, :, 0].t().cpu()
         self._end_id(adapter)
@@ -426,7 +382,7 @@ class AdapterPool:
         alpha = None if lora_alpha is None else functional.check_number("lora_alpha", lora_alpha)
         modules, matrices = {}, {}
         for name, found in pieces.items():
-            place = self._places.get(name)
+            place = self.places.get(name)
             if place is None:
                 raise ValueError(f"{where}: {name}: {self.skipped.get(name, 'not one of the modules that the pool serves')}")
             A, B = found.get("lora_A.weight"), found.get("lora_B.weight")
@@ -452,7 +408,8 @@ class AdapterPool:
         return Adapter(modules, matrices)
 
 
-def _weight(base):
+def weight_of(base):
+    """A base's weight where it lies: dense (N, K), or packed."""
     return base.packed if isinstance(base, NF4Linear) else base.weight
 
 
@@ -465,61 +422,7 @@ def _sharing(bases):
         parent, _, child = name.rpartition(".")
         kin = next((kin for kin in SHARE if child in kin), {child})
         full = [f"{parent}.{other}".lstrip(".") for other in sorted(kin)]
-        full = [n for n in full if n in bases and bases[n].in_features == base.in_features and _weight(bases[n]).device == _weight(base).device]
-        full = [n for n in full if _weight(bases[n]).dtype == _weight(base).dtype]
+        full = [n for n in full if n in bases and bases[n].in_features == base.in_features and weight_of(bases[n]).device == weight_of(base).device]
+        full = [n for n in full if weight_of(bases[n]).dtype == weight_of(base).dtype]
         taken.update(full)
         yield full
-
-
-class Calls:
-    """A served model's hooks: its adapter_ids open a route for one forward."""
-
-    def __init__(self, pool):
-        self.pool, self.opened = pool, []
-
-    def before(self, module, arguments, named):
-        named = dict(named)
-        adapters = named.pop("adapter_ids", None)
-        route = None if adapters is None else self.pool.route(adapters)
-        if route is not None:
-            route.__enter__()
-        self.opened.append(route)
-        if self.pool.open_route is not None:
-            self.pool.open_route.begin()
-        return arguments, named
-
-    def after(self, module, arguments, named, output):
-        if self.opened and (route := self.opened.pop()) is not None:
-            route.__exit__(None, None, None)
-
-
-def serve_adapters(model, pool):
-    """Put a model on a pool that was made for it, in place: with pool.route([...]): model(...), or model(..., adapter_ids=[...])
-
-    adapter_ids: what pool.route takes. Without either the model gives its base's own answer. Returns a Report of the modules
-    replaced, and of those skipped and why. Raises TypeError or ValueError, and leaves the model as it was.
-    """
-    check_model(model)
-    if not isinstance(pool, AdapterPool):
-        raise TypeError(f"pool: expected an AdapterPool, got a {type(pool).__name__}")
-    layers = {}
-    for name, place in pool._places.items():
-        try:
-            base = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"pool: it was made for a model with {name}, which this one has not") from None
-        if why := why_skipped(model, name):
-            raise ValueError(f"model: {name}: {why}")
-        want = place.shared.rows_A.shape[2], place.rows_B.shape[1], place.rows_B.device
-        if (base.in_features, base.out_features, _weight(base).device) != want:
-            raise ValueError(f"pool: {name} was {want[0]} -> {want[1]} on {want[2]}, and is {base.in_features} -> {base.out_features} on {_weight(base).device}")
-        layers[name] = PoolLinear(base, pool, place.shared, place.part, place.rows_B)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    calls = Calls(pool)
-    model.register_forward_pre_hook(calls.before, with_kwargs=True)
-    model.register_forward_hook(calls.after, with_kwargs=True, always_call=True)
-    report = Report({name: "replaced" for name in layers})
-    report.update({name: f"skipped: {why}" for name, why in pool.skipped.items()})
-    return report
