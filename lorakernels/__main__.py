@@ -1,4 +1,4 @@
-"""`python -m lorakernels`: what this machine has, what was built, and which backends can run."""
+"""`python -m lorakernels`: what this machine has, what was built, and which backends can run; `python -m lorakernels tune`: tune.py."""
 
 import importlib.metadata
 import platform
@@ -53,7 +53,23 @@ def _installed_elsewhere():
             yield f"an installed build is hidden by this source tree: {path.parent}; start python elsewhere to use it"
 
 
+def _tuned():
+    """The measured rows of each card."""
+    from .backends.triton import measured
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        path = measured.place(torch.cuda.get_device_name(index))
+        yield f"cuda:{index}: {path or 'off'}" + ("" if path is None or path.exists() else ": not there; `python -m lorakernels tune` measures this card")
+
+
 def main():
+    if sys.argv[1:2] == ["tune"]:
+        from . import tune
+
+        return tune.main(sys.argv[2:])
+    if sys.argv[1:]:
+        print(f"python -m lorakernels: expected nothing, or tune, got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        return 2
     print(f"lorakernels {__version__}, {native.PACKAGE}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}, {platform.platform()}")
     print("tested on torch 2.13 with Triton 3.9 and on torch 2.11 with Triton 3.6; other versions are untested")
@@ -61,6 +77,7 @@ def main():
         ("devices", _devices()),
         ("built", _build()),
         ("backends", (f"{name}: {state}" for name, state in backends.available().items())),
+        ("tuned", _tuned()),
         ("order", (f"{device}: {', '.join(names)}" for device, names in backends.ORDER.items())),
     ):
         print(title)

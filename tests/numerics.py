@@ -31,12 +31,18 @@ def relative_error(out, ref64):
     return error / size if size else error
 
 
+def allowed(result, eager_error, base, K):
+    """The largest error of a result of dtype `result`, where PEFT's eager layer has `eager_error`."""
+    return max(SLACK * eager_error, floor(result, base, K))
+
+
 def check(name, out, ref64, eager, *, base, K):
     """Hold `out` against `ref64`, with `eager` the same result of PEFT's eager layer."""
     global comparisons, worst
     assert out.shape == ref64.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref64.shape)}"
     assert torch.isfinite(out).all(), f"{name}: {int((~torch.isfinite(out)).sum())} of {out.numel()} elements are not finite"
-    err, allowed = relative_error(out, ref64), max(SLACK * relative_error(eager, ref64), floor(out.dtype, base, K))
-    assert err <= allowed, f"{name}: error {err:.3e}, allowed {allowed:.3e} (eager {relative_error(eager, ref64):.3e}), {out.dtype} on {base}"
+    err, eager_err = relative_error(out, ref64), relative_error(eager, ref64)
+    bound = allowed(out.dtype, eager_err, base, K)
+    assert err <= bound, f"{name}: error {err:.3e}, allowed {bound:.3e} (eager {eager_err:.3e}), {out.dtype} on {base}"
     comparisons += 1
-    worst = max(worst, (err / allowed, name))
+    worst = max(worst, (err / bound, name))

@@ -65,6 +65,15 @@ def test_dropout(backend, device, base, adapter, M, K, N, R, p):
     oracle.hold(oracle.run(lora_linear, case), case)
 
 
+@pytest.mark.parametrize("M, K, N", [(24, 6144, 20), (24, 20, 6144), (3000, 24, 20)], ids=["columns of x", "columns of dy", "rows"])
+def test_long_sums(backend, device, M, K, N):
+    """Rounding must not grow with the length of a sum as one chain's does: float32's floor allows the square root of its logarithm."""
+    generator = torch.Generator().manual_seed(2)
+    x, W, A, B, dy = ((torch.randn(*size, generator=generator) * scale).to(device) for size, scale in (((M, K), 1), ((N, K), 0.01), ((3, K), K**-0.5), ((N, 3), 1), ((M, N), 1)))
+    case = oracle.Case(x, W, A, B, dy, 2.0)  # the low-rank part is most of y
+    oracle.hold(oracle.run(lora_linear, case), case)
+
+
 def test_dropout_of_everything(backend, device):
     case = make_case(9, 24, 16, 4, F32, F32, device=device, p=1.0)
     results = oracle.run(lora_linear, case)

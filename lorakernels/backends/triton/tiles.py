@@ -1,6 +1,6 @@
 """Launch configurations: pure functions of shape and dtype, no tuning at run time. `every_*` lists what a function can
-return, for ahead-of-time compilation. None was measured on a GPU yet: they come from benchmarks/account.py and from what
-compiles without spills for sm_80 to sm_100 and gfx942.
+return, for ahead-of-time compilation. None was measured on a GPU yet: they come from `python -m benchmarks model` and from what
+compiles without spills for sm_80 to sm_100 and gfx942. Where `python -m lorakernels tune` ran, its rows come before (measured.py).
 
 `half`: x is bfloat16 or float16, whose products run on matrix units; float32 runs on plain FMA, where a smaller tile keeps
 its operands in registers. tl.dot needs at least 16 of each dimension.
@@ -10,6 +10,7 @@ import itertools
 from typing import NamedTuple
 
 from ..reference import TILE_ROWS
+from .measured import table
 
 
 def _power_of_two(value, low, high):
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+@table(Tile)
 def add_lowrank(M, N, R, half):
     """y (M,N) += u v^T in place.
 
@@ -47,6 +49,7 @@ class DownTile(NamedTuple):
     num_stages: int
 
 
+@table(DownTile)
 def lowrank_down(M, K, R, half):
     """u (M,R) = x A^T: rows fewer than 64 to a program where M is small, so that there are programs enough.
 
@@ -75,6 +78,7 @@ class UpTile(NamedTuple):
     num_stages: int
 
 
+@table(UpTile)
 def lowrank_grad_up(M, N, R, half):
     """du and dB in one pass over dy. A program owns whole rows: fewer rows, more programs and more parts of dB.
 
@@ -97,6 +101,7 @@ class GradDownTile(NamedTuple):
     num_stages: int
 
 
+@table(GradDownTile)
 def lowrank_grad_down(M, K, R, half):
     """dA in one pass over x. With 4 warps 32 ranks spill on sm_90, with three stages on gfx942."""
     if half:
@@ -153,6 +158,17 @@ def every_quantize_nf4():
     return [(blocksize, quantize_nf4(blocksize)) for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)]
 
 
+class MatmulTile(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@table(MatmulTile)
 def nf4_linear_lowrank(M):
     """The fused product with an NF4 weight: as many rows as there are share a decoded tile, up to 128. With those a depth of
     64 spills, on sm_80 with two stages, on sm_100 with one; fewer rows spill on sm_100 with two."""
@@ -167,6 +183,7 @@ def every_nf4_linear_lowrank():
 # adapter has few, and spill in places.
 
 
+@table(DownTile)
 def multi_down(R, half):
     if half:
         return DownTile(TILE_ROWS, 64, 16, 4, 3)  # 2 warps spill on sm_100, 2 stages and 32 ranks on sm_90
@@ -177,6 +194,7 @@ def every_multi_down(half):
     return sorted({multi_down(R, half) for R in (16, 32)})
 
 
+@table(Tile)
 def multi_add(half):
     return Tile(TILE_ROWS, 64 if half else 32, 16, 4, 1)  # two stages or 64 columns of float32 spill on sm_100
 
@@ -189,16 +207,7 @@ def multi_outer(half):
     return GradDownTile(32, 64, 16, 4, 1) if half else GradDownTile(32, 32, 16, 4, 2)  # two stages spill on sm_100
 
 
-class MatmulTile(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
-
-
+@table(MatmulTile)
 def linear_lowrank(M, N, K, R, half, hopper, plain):
     """The fused product. `hopper`: tensor descriptors feed it (sm_90 and later), from deeper tiles. `plain`: without
     dropout and biases; with them 128 columns spill, those with a mask everywhere, those with biases on sm_100. From
@@ -220,6 +229,7 @@ def every_linear_lowrank(half, hopper, plain):
 FUSED = {}
 
 
+@table(bool)
 def fuses(M, N, K, R, dtype, capability):
     """Whether linear_lowrank runs as one product on this device."""
     measured = FUSED.get(capability)

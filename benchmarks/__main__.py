@@ -1,0 +1,149 @@
+"""python -m benchmarks list | run | compare | report | tune | env | model"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import compare, gpu, machine, report, results, tune
+from .cases import DTYPES
+from .run import OPERATORS, Options, plan, run
+from .shapes import MODELS, SETS
+
+QUICK_BUDGET = 150  # seconds
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def words(allowed):
+    def split(text):
+        parts = text.split(",")
+        for part in parts:
+            if part not in allowed:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(allowed)}, got {part!r}")
+        return parts
+
+    return split
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="LoRA, NF4 and many adapters, against everyone, in turn, with the errors shown.")
+    commands = top.add_subparsers(dest="command", required=True)
+    modes = list(dict.fromkeys(mode for module in OPERATORS.values() for mode in module.MODES))
+    for name, about in (("list", "the rows that `run` would measure"), ("run", "measure")):
+        one = commands.add_parser(name, help=about)
+        one.add_argument("--op", type=words(OPERATORS), default=list(OPERATORS), help=",".join(OPERATORS))
+        one.add_argument("--mode", type=words(modes), help=",".join(modes))
+        one.add_argument("--shapes", type=words(SETS), default=["design"], help=",".join(SETS))
+        one.add_argument("--tokens", type=numbers, help="rows of x, as 1,16,256")
+        one.add_argument("--ranks", type=numbers)
+        one.add_argument("--dtype", type=words(DTYPES), help="of x and the base")
+        one.add_argument("--adapter-dtype", type=words(DTYPES), help="default: float32, and bfloat16 too on a GPU")
+        one.add_argument("--threads", type=numbers, help="default: all, then 1")
+        one.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        one.add_argument("--baseline", type=lambda text: text.split(","), help="names, or parts of them; default: all that can run")
+        one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+        one.add_argument("--no-graphs", action="store_true", help="leave CUDA graphs out")
+        one.add_argument("--quick", action="store_true", help=f"the most telling rows, in {QUICK_BUDGET} s")
+        one.add_argument("--peers", metavar="DIR", help="a folder that holds others' kernels: DIR/vllm, DIR/sglang")
+        if name == "run":
+            one.add_argument("--budget", type=float, metavar="SECONDS", help="stop cleanly within it")
+            one.add_argument("--seconds", type=float, help="of measuring, a row and pass (2; with --quick 0.5)")
+            one.add_argument("--passes", type=int, default=2, help="times that every row is made anew and measured")
+            one.add_argument("--json", metavar="FILE")
+            one.add_argument("--resume", action="store_true", help="keep the rows that --json FILE has of this device and revision, and measure the others")
+            one.add_argument("--csv", metavar="FILE")
+            one.add_argument("--plot", metavar="DIR")
+            one.add_argument("--save", action="store_true", help="into benchmarks/results, and render benchmarks/RESULTS.md")
+            one.add_argument("--plant", type=float, default=0.0, metavar="SHARE", help="slow this library down by that share, to see `compare` notice")
+    one = commands.add_parser("compare", help="exit 1 where b.json is slower than a.json, the noise taken into account")
+    one.add_argument("a")
+    one.add_argument("b")
+    one = commands.add_parser("report", help="Markdown and PNG of a file of results")
+    one.add_argument("json", nargs="?", help="default: the newest")
+    one.add_argument("--out", metavar="DIR", help="default: benchmarks")
+    one = commands.add_parser("tune", help="measure the candidates of the tile tables on this GPU, and print rows for them")
+    tune.add_arguments(one)
+    commands.add_parser("env", help="what machine this is")
+    one = commands.add_parser("model", help="what a GPU should take, from bytes, operations and launches: an account, not a measurement")
+    gpu.add_arguments(one)
+    return top
+
+
+def options_of(asked):
+    dtypes = None
+    if asked.dtype or asked.adapter_dtype:
+        bases = asked.dtype or (["bfloat16"] if asked.device == "cuda" else ["float32"])
+        dtypes = [(base, adapter) for base in bases for adapter in asked.adapter_dtype or ["float32"] if adapter in (base, "float32")]
+        if not dtypes:
+            sys.exit(f"--adapter-dtype: expected float32 or the base's, got {','.join(asked.adapter_dtype)} on {','.join(bases)}")
+    budget, seconds = getattr(asked, "budget", None), getattr(asked, "seconds", None)
+    return Options(
+        asked.device, asked.op, asked.shapes, asked.mode, asked.tokens, asked.ranks, dtypes, asked.threads, asked.baseline, asked.quick, not asked.no_compile,
+        seconds or (0.5 if asked.quick else 2.0), getattr(asked, "passes", 2), budget or (QUICK_BUDGET if asked.quick else None), asked.peers, not asked.no_graphs,
+        getattr(asked, "plant", 0.0),
+    )  # fmt: skip
+
+
+def list_rows(options):
+    for case in plan(options):
+        print(f"{case.op:6} {case.mode:8} {case.shapes:13} {case.label():45} {case.dtype}+{case.adapter} {case.cache} {case.launch}{f' {case.threads} threads' if case.threads else ''}")
+    print(f"models: {', '.join(f'{name} {model.linears()}' for name, model in MODELS.items())}", file=sys.stderr)
+
+
+def earlier(asked):
+    """The results that --resume goes on from, or None."""
+    if not (asked.resume and asked.json and Path(asked.json).exists()):
+        return None
+    before, now = results.load(asked.json), machine.header(asked.device)
+    if all(before["header"][key] == now[key] for key in ("device", "revision", "torch")):
+        return before
+    print(f"{asked.json} is of another device, revision or torch: it is measured anew", file=sys.stderr)
+
+
+def run_rows(asked, options):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("ceilings of this machine", total=None)
+        data = run(options, before=earlier(asked), progress=lambda done, of, text, row: bar.update(task, completed=done, total=of, description=text or "next"))
+    if not data["rows"]:
+        print("interrupted before a row was done" if data["interrupted"] else "no row: nothing fits what was asked for, or the budget", file=sys.stderr)
+        return 130 if data["interrupted"] else 1
+    print(report.text(data))
+    if asked.save:
+        print("saved:", path := results.save(data, results.place(data["header"])), *report.write(path, path.parent.parent.parent))
+    if asked.json:
+        results.save(data, asked.json)
+    if asked.csv:
+        results.write_csv(data, asked.csv)
+    if asked.plot:
+        print("plots:", *report.plots(data, asked.plot))
+    return 130 if data["interrupted"] else 0
+
+
+def main():
+    asked = parser().parse_args()
+    if asked.command in ("list", "run"):
+        options = options_of(asked)
+        return list_rows(options) if asked.command == "list" else run_rows(asked, options)
+    if asked.command == "compare":
+        return compare.main(asked.a, asked.b)
+    if asked.command == "report":
+        print(*report.write(asked.json or results.newest(), asked.out))
+    elif asked.command == "env":
+        print(json.dumps(machine.header("cuda" if torch.cuda.is_available() else "cpu"), indent=2, ensure_ascii=False))
+    elif asked.command == "model":
+        gpu.main(asked)
+    else:
+        return tune.main(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
