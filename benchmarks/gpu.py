@@ -68,10 +68,9 @@ class Pass:
 def resident(name, tile, gpu, compiled):
     """Programs that a processor holds at once, by registers, shared memory and threads; None where it was not compiled."""
     fields = [f"{key}={value}" for key, value in tile._asdict().items()]
-    found = [
-        use for label, use in compiled.get(gpu.architecture, {}).items()
-        if label.startswith(f"{name} bf16") and all(f" {field} " in f"{label} " for field in fields)
-    ]  # fmt: skip
+    forms = {label: use for label, use in compiled.get(gpu.architecture, {}).items() if label.startswith(f"{name} bf16")}
+    found = [use for label, use in forms.items() if all(f" {field} " in f"{label} " for field in fields)]
+    found = found or list(forms.values())  # of another tile of it where this one is not among those that were compiled
     if not found:
         return None
     worst = max(found, key=lambda use: use["registers"])

@@ -94,9 +94,9 @@ def text(data):
 def write(path, folder=None):
     """RESULTS.md of a file, with its plots beside it. Returns what was written."""
     data = load(path)
-    folder = Path(folder or Path(__file__).parent)
+    folder = Path(folder or Path(__file__).parent).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = plots(data, Path(path).with_suffix("") if folder == Path(__file__).parent else folder)
+    drawn = plots(data, Path(path).with_suffix("") if folder == Path(__file__).resolve().parent else folder)
     rows, text = rows_of(data), ["# Benchmark results", "", *(f"{line}  " for line in about(data)), ""]
     text += ["Times of all rounds of all passes, contenders in turn; ÷ base and ÷ ours: the median of the rounds' own ratios. The error is the", "largest of a row's results against float64, over that of PEFT's eager formula in the same dtypes; where it breaks the tests' error", "rule the row says WRONG and shows no time. Roofline: what the bytes or the products of the work", "take at the ceilings above (the best of the run's beginning and end), over the time.", ""]
     for title, texts, nothing in sections(rows, data["header"]["native kernels"]):
@@ -140,9 +140,12 @@ def plots(data, folder):
                 axes.scatter(xs, ys, label="base / dense" if name in ("base", "dense") else name, marker="osD^vP*X<>hd"[number % 12], s=34, zorder=3)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
-        ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+        low, high = axes.get_xlim()
+        wide = high / low > 3
+        ticks = [t for t in ((0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if wide else (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)) if low <= t <= high]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
+        axes.margins(y=0.5 / len(some))
         axes.set_yticks(range(len(some)), [where(row.case) for row in some], fontsize=7)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.4)

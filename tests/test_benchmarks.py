@@ -147,7 +147,7 @@ def test_every_row_of_the_plan_can_be_made_ready():
         judged = accuracy.judge(work, case.base)
         assert judged["lorakernels"]["match"], (case, judged)
         assert work.contenders[0].bare and work.flops >= 0 and work.bytes > 0
-    assert len(seen) == 11, seen
+    assert len(seen) == 10, seen
 
 
 def test_marks_are_the_design_s():
@@ -159,7 +159,7 @@ def test_marks_are_the_design_s():
     row = lambda ours, **more: results.Row({"case": case | more, "flops": 1, "bytes": 1, "judged": judged, "passes": [{"base": [1.0], "lorakernels": [ours], "PEFT": [1.2]}]},
                                            {"float32 1": {"copy": 1, "read": 1, "matmul": 1}})  # fmt: skip
     (good,), (bad,), (dropped,) = marks(row(1.06), "avx2"), marks(row(1.08), "avx2"), marks(row(1.08, p=0.1), "avx2")
-    assert met(good) and not met(bad) and met(dropped) and good[1:3] == (pytest.approx(1.06), 1.07)
+    assert met(good) and not met(bad) and met(dropped) and (round(good[1], 9), good[2]) == (1.06, 1.07)
     assert marks(row(1.0, M=64), "avx2") == []
 
 
