@@ -1,6 +1,7 @@
 """python -m benchmarks list | run | compare | report | tune | env | model"""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -95,6 +96,21 @@ def list_rows(options):
     print(f"models: {', '.join(f'{name} {model.linears()}' for name, model in MODELS.items())}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def progress_bar():
+    """What `run` tells how far it is: a bar with the time left, or lines where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda done, of, text, row: print(f"{done}/{of} {text}", file=sys.stderr) if text else None
+        return
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("ceilings of this machine", total=None)
+        yield lambda done, of, text, row: bar.update(task, completed=done, total=of, description=text or "next")
+
+
 def earlier(asked):
     """The results that --resume goes on from, or None."""
     if not (asked.resume and asked.json and Path(asked.json).exists()):
@@ -106,13 +122,8 @@ def earlier(asked):
 
 
 def run_rows(asked, options):
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("ceilings of this machine", total=None)
-        data = run(options, before=earlier(asked), progress=lambda done, of, text, row: bar.update(task, completed=done, total=of, description=text or "next"))
+    with progress_bar() as say:
+        data = run(options, say, earlier(asked))
     if not data["rows"]:
         print("interrupted before a row was done" if data["interrupted"] else "no row: nothing fits what was asked for, or the budget", file=sys.stderr)
         return 130 if data["interrupted"] else 1
@@ -125,7 +136,7 @@ def run_rows(asked, options):
         results.write_csv(data, asked.csv)
     if asked.plot:
         print("plots:", *report.plots(data, asked.plot))
-    return 130 if data["interrupted"] else 0
+    return 130 if data["interrupted"] else 1 if data["failed"] else 0
 
 
 def main():

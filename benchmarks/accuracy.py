@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import SEED
+from .cases import SEED, is_ours
 
 _spec = importlib.util.spec_from_file_location("numerics", Path(__file__).parent.parent / "tests" / "numerics.py")
 numerics = importlib.util.module_from_spec(_spec)
@@ -26,18 +26,29 @@ def results(contender, work):
     return {name: work.look(name, tensor).detach() for name, tensor in found.items()}, mask
 
 
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError)  # of other people's code, too
+
+
 def judge(work, base):
-    """{contender: {"error": its largest error over the eager layer's, "bound": over what the rule allows, "match"}}."""
+    """{contender: {"error": its largest error over the eager layer's, "bound": over what the rule allows, "match"}}.
+
+    Of others, who raises takes no further part, and stands in the work's `skipped` with the reason; where this library raises, that is its
+    result, and is not caught.
+    """
     eager, judged = {}, {}
-    for contender in work.contenders:
-        if contender.bare:
+    for contender in [c for c in work.contenders if not c.bare]:
+        try:
+            found, mask = results(contender, work)
+        except FAILURES as error:
+            if is_ours(contender.name):
+                raise
+            work.leave_out(contender, f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
             continue
         if contender.cast not in eager:
-            outputs, mask = work.eager(contender.cast)
-            eager[contender.cast] = outputs, work.reference(mask)
-        found, mask = results(contender, work)
-        expected = work.reference(mask)
+            outputs, mask_of_eager = work.eager(contender.cast)
+            eager[contender.cast] = outputs, work.reference(mask_of_eager)
         outputs, exact = eager[contender.cast]
+        expected = work.reference(mask)
         over_eager = over_bound = 0.0
         for name, out in found.items():
             measure = numerics.relative_error(outputs[name], exact[name])

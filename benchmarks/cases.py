@@ -8,6 +8,7 @@ import torch
 
 from lorakernels import backends
 
+LOOK = 64  # rows of y and dx whose results are looked at
 SEED = 7  # before every call whose result is looked at: contenders draw their masks from it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +65,8 @@ class Contender:
     mask: Callable = None  # what x is multiplied by, after torch.manual_seed(SEED), as (M, K) in float64
     cast: bool = False  # adapters go into products in the base's dtype: held against an eager layer that does the same
     bare: bool = False  # the base alone, whose results are not the row's
+    turns: int = 1  # weights that its calls take in turn
+    within: int = 1  # calls that one call makes: a graph holds one for each of the weights
     restart: Callable = None  # before a call whose results are looked at: weights in turn begin with the first
     look: Callable = None  # gives the results to compare where those of `call` cannot be
 
@@ -81,6 +84,10 @@ class Work:
     skipped: dict = field(default_factory=dict)  # {who: why}
     look: Callable = staticmethod(lambda name, tensor: tensor)  # the part of a result that is looked at
     parameters: list = field(default_factory=list)  # what is not counted as kept for backward
+
+    def leave_out(self, contender, why):
+        self.skipped[contender.name] = why
+        self.contenders.remove(contender)
 
 
 def ours(device, dtype, fused=False):
@@ -130,6 +137,22 @@ def passes(mode, forward, leaves, dy):
         kept = []
         return lambda: gradients(kept.pop()), lambda: kept.append(forward())
     return lambda: {"y": forward()}, None
+
+
+def recording(call, on):
+    """The call with autograd's recording on or off."""
+
+    def within():
+        with torch.set_grad_enabled(on):
+            return call()
+
+    return within
+
+
+def looking(M, device):
+    """(some of M rows, a Work's `look`): y and dx are compared in LOOK rows, the adapters' gradients whole."""
+    some = torch.linspace(0, M - 1, min(M, LOOK), device=device).long()
+    return some, lambda name, tensor: tensor[some] if name in ("y", "dx") else tensor
 
 
 def in_turn(items, function):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed for, in one command, on a machine without a network:
 #   [OUT=folder] [PEERS=folder] bash benchmarks/gpu_pass.sh [BUDGET_SECONDS]
-# Needs Python 3.10+, torch with CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest and rich. Builds in place for this GPU's
+# Needs Python 3.10+, torch with CUDA, Triton, nvcc, cmake, ninja, pybind11 and pytest. Builds in place for this GPU's
 # architecture alone; runs the GPU-marked tests, then a small set of kernels under compute-sanitizer; tunes the tables' most
 # valuable rows; and runs the suite with those, the most telling rows first, eager and in CUDA graphs. Leaves 8 files in $OUT (default
 # gpu_out): build.txt tests.txt tests.xml sanitizer.txt tune.txt tiles.json results.json status.txt

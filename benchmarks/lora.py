@@ -8,14 +8,13 @@ from lorakernels import dropout
 from lorakernels.modules import LoraLinear
 
 from . import peers
-from .cases import SEED, Case, Contender, Work, ours, passes
+from .cases import SEED, Case, Contender, Work, looking, ours, passes
 from .shapes import linears
 
 NAME, MODES = "lora", ("fwd+bwd", "fwd", "bwd")
 DESIGN = {"cpu": [(2048, 2048), (576, 1536)], "cuda": [(4096, 4096), (4096, 14336), (14336, 4096)]}
 TOKENS = {"cpu": [512, 2048], "cuda": [8192, 2048, 512]}
 SCALING = 2.0
-LOOK = 64  # rows of y and dx that are compared
 
 
 def cases(options):
@@ -80,7 +79,24 @@ def peft_layer(linear, A, B, p):
     return layer
 
 
+def exact(names, some, mask, x, dy, W, A=None, B=None):
+    """{name: float64} of a layer's results: y (M, N) and dx (M, K) in the rows `some`, dA (R, K), dB (N, R). A, B None: the base alone.
+
+    mask: None, or what x (M, K) is multiplied by on its way to A.
+    """
+    X, G, W, A, B = (t if t is None else t.detach().double() for t in (x, dy, W, A, B))
+    if A is None:
+        wanted = {"y": lambda: X[some] @ W.t(), "dx": lambda: G[some] @ W}
+        return {name: wanted[name]() for name in names}
+    D, du = X if mask is None else X * mask, SCALING * (G @ B)
+    down = du[some] @ A
+    wanted = {"y": lambda: X[some] @ W.t() + SCALING * (D[some] @ A.t()) @ B.t(), "dx": lambda: G[some] @ W + (down if mask is None else down * mask[some]),
+              "dA": lambda: du.t() @ D, "dB": lambda: SCALING * G.t() @ (D @ A.t())}  # fmt: skip
+    return {name: wanted[name]() for name in names}
+
+
 def build(case, options):
+    """The row's Work: x (M, K), dy (M, N) and W (N, K) of the base's dtype, A (R, K) and B (N, R) of the adapters'."""
     device, dtype, p = case.device, case.base, case.p
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     x, dy = draw(case.M, case.K).to(dtype).requires_grad_(), draw(case.M, case.N).to(dtype)
@@ -119,18 +135,10 @@ def build(case, options):
         else:
             found.append(contender(name, lambda x, peer=peer: peer(x, W, A, B, SCALING), cast=True))
 
-    some = torch.linspace(0, case.M - 1, min(case.M, LOOK), device=device).long()
-
-    def look(name, tensor):
-        return tensor[some] if name in ("y", "dx") else tensor
+    some, look = looking(case.M, device)
 
     def reference(mask):
-        X, G, W64, A64, B64 = (t.detach().double() for t in (x, dy, W, A, B))
-        D, du = X if mask is None else X * mask, SCALING * (G @ B64)
-        down = du[some] @ A64
-        wanted = {"y": lambda: X[some] @ W64.t() + SCALING * (D[some] @ A64.t()) @ B64.t(), "dx": lambda: G[some] @ W64 + (down if mask is None else down * mask[some]),
-                  "dA": lambda: du.t() @ D, "dB": lambda: SCALING * G.t() @ (D @ A64.t())}  # fmt: skip
-        return {name: wanted[name]() for name in results_of(case.mode)}
+        return exact(results_of(case.mode), some, mask, x, dy, W, A, B)
 
     def eager(cast):
         a, b = ((t.detach().to(dtype) if cast else t.detach()).requires_grad_() for t in (A, B))

@@ -90,6 +90,7 @@ def replaced(model, make):
 
 
 def build(case, options):
+    """The row's Work: a frozen model called with embeddings (sequences, tokens, hidden), and copies of it with the same adapters."""
     device, dtype, (_, kind) = case.device, case.base, case.rows.split(", ")
     decodes, many, four_bit = case.mode == "decode", kind == "8 adapters", kind == "QLoRA"
     batch = E if decodes or many else max(1, case.M // 128)

@@ -7,8 +7,7 @@ from torch.nn import functional as F
 from lorakernels.functional import lora_linear, multi_lora_linear
 
 from . import lora, peers
-from .cases import Case, Contender, Work, ours, passes
-from .nf4 import grad
+from .cases import Case, Contender, Work, looking, ours, passes, recording
 from .shapes import linears
 
 NAME, MODES = "multi", ("decode", "fwd+bwd", "fwd")
@@ -77,6 +76,7 @@ def loop(x, W, A, B, ids):
 
 
 def build(case, options):
+    """The row's Work: x (M, K), dy (M, N), W (N, K), stacks A (E, R, K) and B (E, N, R), and an id for each row."""
     device, dtype, E = case.device, case.base, case.adapters
     trains = case.mode == "fwd+bwd"
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
@@ -89,7 +89,7 @@ def build(case, options):
 
     def contender(name, forward, leaves=leaves, **more):
         call, ready = passes(case.mode, forward, leaves, dy)
-        return Contender(name, grad(call, trains), ready and grad(ready, trains), **more)
+        return Contender(name, recording(call, trains), ready and recording(ready, trains), **more)
 
     found, skipped = [contender("base", lambda: F.linear(x, W), {"x": x}, bare=True)], {}
     for name, context in ours(device, dtype).items():
@@ -136,10 +136,7 @@ def build(case, options):
             add = peer(A.to(dtype), B.to(dtype), ids, lora.SCALING)
             found.append(contender(name, lambda add=add: add(F.linear(x, W), x), cast=True))
 
-    some = torch.linspace(0, case.M - 1, min(case.M, lora.LOOK), device=device).long()
-
-    def look(name, tensor):
-        return tensor[some] if name in ("y", "dx") else tensor
+    some, look = looking(case.M, device)
 
     def reference(mask):
         X, G, W64, A64, B64 = (t.detach().double() for t in (x, dy, W, A, B))
@@ -157,7 +154,7 @@ def build(case, options):
     def eager(cast):
         a, b = ((t.detach().to(dtype) if cast else t.detach()).requires_grad_(trains) for t in (A, B))
         call, _ = passes(case.mode, lambda: loop(x, W, a, b, ids), {"x": x, "A": a, "B": b}, dy)
-        return {name: look(name, t).detach() for name, t in grad(call, trains)().items()}, None
+        return {name: look(name, t).detach() for name, t in recording(call, trains)().items()}, None
 
     products, width = (2 if trains else 1), x.element_size()
     used = len(set(ids.tolist()) - {-1})

@@ -9,7 +9,7 @@ from lorakernels import nf4
 from lorakernels.functional import lora_linear, nf4_linear
 
 from . import lora, peers
-from .cases import Case, Contender, Work, in_turn, ours, passes
+from .cases import Case, Contender, Work, in_turn, looking, ours, passes, recording
 from .machine import last_cache
 from .shapes import linears
 
@@ -50,6 +50,7 @@ def bnb_weight(bnb, weight):
 
 
 def build(case, options):
+    """The row's Work: x (M, K), dy (M, N), and as many weights (N, K), dense and in NF4, as the cache asks for."""
     if case.mode == "quantize":
         return build_quantize(case, options)
     device, dtype = case.device, case.base
@@ -70,7 +71,7 @@ def build(case, options):
     def contender(name, function, weights, leaves=leaves, **more):
         turn = in_turn(weights, lambda w: function(x, w))
         call, ready = passes(case.mode, turn, leaves, dy)
-        return Contender(name, grad(call, trains), ready and grad(ready, trains), restart=turn.restart, **more)
+        return Contender(name, recording(call, trains), ready and recording(ready, trains), turns=len(weights), restart=turn.restart, **more)
 
     layer = (lambda x, w: lora_linear(x, w, A, B, lora.SCALING)) if A is not None else nf4_linear
     found, skipped = [contender("dense", lambda x, w: F.linear(x, w), dense, {"x": x}, bare=True)], {}
@@ -105,24 +106,12 @@ def build(case, options):
         found.append(contender("torchao", lambda x, w: with_adapter(ao[1](x, w), x, A, B), its, mask=lambda: its[0].get_original_weight().double()))
     skipped["GemLite"] = peers.why_not("gemlite") or "its weights are integers, not NF4"
 
-    some = torch.linspace(0, case.M - 1, min(case.M, lora.LOOK), device=device).long()
-
-    def look(name, tensor):
-        return tensor[some] if name in ("y", "dx") else tensor
-
-    def results(X, G, W, a, b):
-        """By float64's products alone; the weight of a format of its own is its own dequantised one."""
-        wanted = {"y": lambda: X[some] @ W.t(), "dx": lambda: G[some] @ W}
-        if a is not None:
-            du = lora.SCALING * (G @ b)
-            wanted = {"y": lambda: X[some] @ W.t() + lora.SCALING * (X[some] @ a.t()) @ b.t(), "dx": lambda: G[some] @ W + du[some] @ a,
-                      "dA": lambda: du.t() @ X, "dB": lambda: lora.SCALING * G.t() @ (X @ a.t())}  # fmt: skip
-        return {name: wanted[name]() for name in names}
-
+    some, look = looking(case.M, device)
     names = ("y",) if not trains else lora.results_of(case.mode) if A is not None else ("dx",)
 
     def reference(own):
-        return results(*(t if t is None else t.detach().double() for t in (x, dy, exact(packed[0]) if own is None else own, A, B)))
+        """A weight in a format of its own is held against its own dequantised one."""
+        return lora.exact(names, some, None, x, dy, exact(packed[0]) if own is None else own, A, B)
 
     def eager(cast):
         """QLoRA as PEFT over bitsandbytes' dequantised weight computes it."""
@@ -137,16 +126,6 @@ def build(case, options):
     moved = products * (size / 2 + size / packed[0].blocksize + width * case.M * (case.K + case.N))
     flops = 2 * products * case.M * size + 6 * case.M * case.R * (case.K + case.N)
     return Work(found, reference, eager, {"y": case.K, "dx": case.N, "dA": case.M, "dB": case.M}, flops, moved, skipped, look, parameters)
-
-
-def grad(call, on):
-    """With autograd's recording on or off, as the mode has it."""
-
-    def within():
-        with torch.set_grad_enabled(on):
-            return call()
-
-    return within
 
 
 def with_adapter(y, x, A, B):
@@ -175,6 +154,7 @@ def peft_bnb_layer(bnb, case, state, A, B):
 
 
 def build_quantize(case, options):
+    """The row's Work: a weight (N, K) into NF4. Errors are of the dequantised weight, over what rounding to 4 bits loses by itself."""
     w = torch.randn(case.N, case.K, device=case.device).to(case.base)
     found, skipped = [Contender("sum, a plain read", lambda: {"sum": w.sum()}, bare=True)], {}
     quantized = lambda: {"W": lk.quantize_nf4(w).dequantize(torch.float32)}  # noqa: E731
@@ -190,5 +170,5 @@ def build_quantize(case, options):
         skipped["torchao"] = ao
     else:
         found.append(Contender("torchao", lambda: {"packed": ao[0](w)}, look=lambda: {"W": ao[0](w).get_original_weight().float()}))
-    plain = lk.quantize_nf4(w, double_quant=False).dequantize(torch.float32)  # what rounding to 4 bits loses by itself
+    plain = lk.quantize_nf4(w, double_quant=False).dequantize(torch.float32)
     return Work(found, lambda own: {"W": w.double()}, lambda cast: ({"W": plain}, None), {"W": 1}, 0, w.nbytes + w.numel() / 2, skipped)

@@ -27,7 +27,9 @@ def about(data):
     if data["interrupted"]:
         yield "interrupted: the rows below were done"
     if data["left_out"]:
-        yield f"{len(data['left_out'])} rows did not fit the budget, or could not be made"
+        yield f"{len(data['left_out'])} rows did not fit the budget"
+    for failed in data.get("failed", ()):
+        yield f"FAILED: {failed}"
 
 
 def where(case):

@@ -76,33 +76,14 @@ def ready(case, options):
     return work
 
 
-def without_failures(work, step):
-    """Do `step` for each contender; who raises takes no further part, with its reason. The base has to run."""
+def as_graphs(work):
+    """Every contender as a CUDA graph; what cannot be captured takes no further part."""
     for contender in list(work.contenders):
         try:
-            step(contender)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, AssertionError, ImportError) as error:
-            if contender is work.contenders[0]:
-                raise
-            work.skipped[contender.name] = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            work.contenders.remove(contender)
-
-
-def first_pass(case, work):
-    """(judged, memory); contenders whose results are wrong stay, and their times are not shown."""
-    without_failures(work, lambda contender: accuracy.results(contender, work))
-    judged = accuracy.judge(work, case.base)
-    measured = {}
-    without_failures(work, lambda contender: measured.update({contender.name: timing.memory(contender, case.device, work.parameters)}))
-    return judged, measured
-
-
-def as_graphs(work):
-    def capture(contender):
-        with contender.context():
-            contender.call = timing.graph(contender)
-
-    without_failures(work, capture)
+            with contender.context():
+                contender.call, contender.within = timing.graph(contender), contender.turns
+        except accuracy.FAILURES as error:
+            work.leave_out(contender, f"not captured: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
 
 
 def ceilings_of(options, cases):
@@ -114,8 +95,30 @@ def ceilings_of(options, cases):
     return found
 
 
+def one_pass(case, options, rows, deadline):
+    """Make the case ready, judge it where that was not done, and time it: {name: [seconds]}. Its row is put into `rows` the first time."""
+    work = ready(case, options)
+    if case not in rows:
+        judged = accuracy.judge(work, case.base)
+        memory = {}
+        for contender in list(work.contenders):
+            try:
+                memory[contender.name] = timing.memory(contender, case.device, work.parameters)
+            except accuracy.FAILURES as error:
+                if contender.bare or is_ours(contender.name):
+                    raise
+                work.leave_out(contender, f"raised under the profiler: {type(error).__name__}")
+        rows[case] = {"case": asdict(case), "flops": work.flops, "bytes": work.bytes, "judged": judged, "memory": memory, "skipped": work.skipped, "passes": []}
+    if case.launch == "graph":
+        as_graphs(work)
+        rows[case]["skipped"] |= work.skipped
+    work.contenders = [c for c in work.contenders if c.name not in rows[case]["skipped"]]
+    plant = {c.name: options.plant for c in work.contenders if is_ours(c.name) and not c.bare} if options.plant else None
+    return timing.in_turn(work.contenders, case.device, options.seconds, deadline, plant)
+
+
 def run(options, progress, before=None):
-    """{"header", "ceilings", "rows", "left_out"}. progress: called as (done, of, text, row or None) after each step.
+    """{"header", "ceilings", "rows", "left_out", "failed"}. progress: called as (done, of, text, row or None) after each step.
 
     before: such a result, of an earlier run on this machine, whose rows are kept and not measured again. A KeyboardInterrupt ends it,
     and what is done is kept: "interrupted" is then true.
@@ -125,7 +128,7 @@ def run(options, progress, before=None):
     cases = plan(options)
     for name in peers.PACKAGES:
         peers.why_not(name)  # here, and quietly: others import some of them with less manners
-    data = {"header": machine.header(options.device), "ceilings": {}, "rows": [], "left_out": [], "interrupted": False}
+    data = {"header": machine.header(options.device), "ceilings": {}, "rows": [], "left_out": [], "failed": [], "interrupted": False}
     rows, speed = {}, {}
     try:
         data["ceilings"] = ceilings_of(options, cases)
@@ -146,20 +149,11 @@ def run(options, progress, before=None):
             if case.threads:
                 torch.set_num_threads(case.threads)
             try:
-                work = ready(case, options)
-            except (RuntimeError, ValueError, TypeError, ImportError) as error:
-                data["left_out"].append(f"{case.key()}: {type(error).__name__}: {error}")
+                times = one_pass(case, options, rows, deadline)
+            except accuracy.FAILURES as error:  # of this library or of its base: the other rows are worth having all the same
+                data["failed"].append(f"{case.key()}: {type(error).__name__}: {error}")
                 continue
-            if case not in rows:
-                judged, memory = first_pass(case, work)
-                rows[case] = {"case": asdict(case), "flops": work.flops, "bytes": work.bytes, "judged": judged, "memory": memory, "skipped": work.skipped, "passes": []}
-            if case.launch == "graph":
-                as_graphs(work)
-            taking_part = [c for c in work.contenders if c.name in rows[case]["memory"] and c.name not in rows[case]["skipped"]]
-            plant = {c.name: options.plant for c in taking_part if is_ours(c.name) and not c.bare} if options.plant else None
-            times = timing.in_turn(taking_part, case.device, options.seconds, deadline, plant)
             rows[case]["passes"].append({name: [t if t is None else float(f"{t:.5g}") for t in some] for name, some in times.items()})
-            del work, taking_part
             gc.collect()
             speed[case] = time.perf_counter() - began
             progress(done + 1, len(todo), "", rows[case])

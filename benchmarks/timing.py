@@ -13,7 +13,7 @@ ROUNDS = 3  # at least
 
 
 def seconds(contender, device, calls, plant=0.0):
-    """Seconds a call of `calls` calls in a row. `plant`: that share of the time is waited besides."""
+    """Seconds of one of `calls` calls in a row. `plant`: that share of the time is waited besides."""
     if device == "cpu":
         if contender.ready:
             contender.ready()
@@ -26,7 +26,7 @@ def seconds(contender, device, calls, plant=0.0):
             while time.perf_counter() < end:
                 pass
             spent = time.perf_counter() - start
-        return spent / calls
+        return spent / calls / contender.within
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if contender.ready:
         contender.ready()
@@ -35,11 +35,12 @@ def seconds(contender, device, calls, plant=0.0):
         contender.call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls * (1 + plant)
+    return start.elapsed_time(end) / 1000 / calls / contender.within * (1 + plant)
 
 
 def graph(contender):
-    """The contender's call in a CUDA graph of its own, replayed: no launch gaps. Its results are the graph's own buffers."""
+    """A replay of the contender's calls, one for each of its weights, in a CUDA graph of their own: no launch gaps, and as cold as
+    they were. Its results are the graph's own buffers."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -47,8 +48,11 @@ def graph(contender):
             contender.call()
     torch.cuda.current_stream().wait_stream(stream)
     captured = torch.cuda.CUDAGraph()
+    if contender.restart:
+        contender.restart()
     with torch.cuda.graph(captured):
-        out = contender.call()
+        for _ in range(contender.turns):
+            out = contender.call()
 
     def replay():
         captured.replay()

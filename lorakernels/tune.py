@@ -141,19 +141,18 @@ def search(trial, seconds, rounds, deadline, say):
     return own, best, took / first
 
 
-def tune(device, shapes=None, ranks=RANKS, dtypes=None, budget=300.0, rounds=10, say=print):
-    """{key: tile or bool} of rows that beat the table's own, the most valuable shapes first, within `budget` seconds. Nothing is kept."""
+def _search_all(device, shapes, ranks, dtypes, deadline, rounds, say, found):
+    """tune's search, into `found` as it goes; what was found is in measured.rows meanwhile."""
     from .backends import triton
-    from .backends.triton import tiles
 
-    seconds, deadline, found = clock(device), time.perf_counter() + budget, {}
-    for dtype, adapter in dtypes or [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]:
-        for M, K, N in shapes or SHAPES:
+    seconds = clock(device)
+    for dtype, adapter in dtypes:
+        for M, K, N in shapes:
             for R in ranks:
                 for trial in trials(device, M, K, N, R, dtype, adapter):
                     if time.perf_counter() > deadline:
                         say("the budget is spent")
-                        return found
+                        return
                     key = measured.key(trial.table, trial.arguments)
                     if key in found:
                         continue
@@ -168,8 +167,16 @@ def tune(device, shapes=None, ranks=RANKS, dtypes=None, budget=300.0, rounds=10,
                     say(f"product of {M} x {K} -> {N}, r {R}: fused takes {fused / composed:.3f} x the composition")
                     if fused < composed * GAIN:
                         found[measured.key("fuses", (M, N, K, R, dtype, torch.cuda.get_device_capability()))] = True
-    for key in found:
-        measured.rows.pop(key, None)
+
+
+def tune(device, shapes=None, ranks=RANKS, dtypes=None, budget=300.0, rounds=10, say=print):
+    """{key: tile or bool} of rows that beat the table's own, the most valuable shapes first, within `budget` seconds. Nothing is kept."""
+    found = {}
+    try:
+        _search_all(device, shapes or SHAPES, ranks, dtypes or [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], time.perf_counter() + budget, rounds, say, found)
+    finally:
+        for key in found:
+            measured.rows.pop(key, None)
     return found
 
 

@@ -94,6 +94,35 @@ def test_a_wrong_result_has_no_time():
     assert any("WRONG" in line for line in report.notes([row], "avx2")[2])
 
 
+def test_who_raises_is_named_and_this_library_is_not_excused(monkeypatch):
+    from benchmarks import accuracy, lora, run
+
+    compare, results, Options, plan, ready = suite()
+    options = Options("cpu", ["lora"], ["calls"], ["fwd+bwd"], threads=[1], compile=False, seconds=0.01, passes=1)
+    (case,) = plan(options)
+
+    def broken(name):
+        def build(case, options):
+            work = whole(case, options)
+
+            def fail():
+                raise RuntimeError("no such kernel")
+
+            next(c for c in work.contenders if c.name == name).call = fail
+            return work
+
+        return build
+
+    whole = lora.build
+    theirs = broken("addmm_")
+    work = theirs(case, options)
+    judged = accuracy.judge(work, case.base)
+    assert "addmm_" not in judged and work.skipped["addmm_"] == "raised RuntimeError: no such kernel"
+    monkeypatch.setattr(lora, "build", broken("lorakernels"))
+    data = run.run(options, lambda *progress: None)
+    assert data["rows"] == [] and len(data["failed"]) == 1 and "no such kernel" in data["failed"][0]
+
+
 def drawn(tiny_row, generator, rows=12, slower=1.0, one=None):
     """A file of rows of two passes, each time with the noise of a shared machine: of a round, of a pass and of a run."""
     made = {"header": {"device": "a"}, "ceilings": {"float32 1": {"copy": 1, "read": 1, "matmul": 1}}, "rows": []}
