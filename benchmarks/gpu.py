@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lorakernels.backends.reference import splits_of
 from lorakernels.backends.triton import tiles
 
 from .results import load, rows_of
@@ -172,7 +173,8 @@ def nf4_passes(M, K, N, R, adapter):
 def multi_passes(M, K, N, R, adapter):
     """Forward of rows that each have an adapter of their own (64 of them at most)."""
     E = min(M, 64)
-    stacks, u = adapter * E * R * (K + N), FULL * M * R
+    splits = splits_of(M, K, "cuda")
+    stacks, u = adapter * E * R * (K + N), FULL * M * R * splits
     tiles_of_rows = ceil(M, tiles.TILE_ROWS) if M > 64 else M
     yield "base", "base", [base(M, K, N)]
     yield "gather + bmm", "gather + bmm", [base(M, K, N), Pass("gather, shrink, expand, add", 3 * adapter * M * R * (K + N) + HALF * 3 * M * N, launches=5)]
@@ -181,7 +183,7 @@ def multi_passes(M, K, N, R, adapter):
     count = terms(adapter) * tiles.TILE_ROWS * tiles_of_rows / M
     yield "Triton", "lorakernels: triton", [
         base(M, K, N),
-        Pass("u", HALF * M * K + stacks / 2 + u, count * 2 * M * K * R, kernel=("multi_down", down, tiles_of_rows * ceil(R, down.BLOCK_R))),
+        Pass("u", HALF * M * K + stacks / 2 + u, count * 2 * M * K * R, kernel=("multi_down", down, tiles_of_rows * ceil(R, down.BLOCK_R) * splits)),
         Pass("y += u B^T", HALF * 2 * M * N + stacks / 2 + u, count * 2 * M * N * R, kernel=("multi_add", add, tiles_of_rows * ceil(N, add.BLOCK_N))),
     ]
 

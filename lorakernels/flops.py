@@ -27,11 +27,11 @@ def _nf4_linear_lowrank(x, packed, absmax, nested, N, K, blocksize, nested_block
 
 
 def _multi_down(x, A, *_, out_shape=None, **__):
-    return 2 * x[0] * x[1] * out_shape[1]  # as if every row had an adapter of full rank: which have is not known here
+    return 2 * x[0] * x[1] * out_shape[2]  # as if every row had an adapter of full rank: which have is not known here
 
 
 def _multi_add(y, u, *_, out_shape=None, **__):
-    return 2 * y[0] * y[1] * u[1]
+    return 2 * y[0] * y[1] * u[2]
 
 
 def _multi_grad(dy, x, u, B, *_, out_shape=None, **__):

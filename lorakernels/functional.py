@@ -99,8 +99,10 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     """y = x W^T + bias + scaling_e * drop(x) A_e^T B_e^T for each row's adapter e; rows with id -1 have none
 
     x (..., K), weight (N, K), dense or an NF4Tensor, lora_A (E, R, K), lora_B (E, N, R), bias (N,) -> y (..., N), any strides.
-    adapter_ids: int32 or int64, of shape x.shape[:-1], or (batch,) for x (batch, tokens, K); from -1 to E - 1, rows in any order.
-    scaling: a number, or float32 (E,). ranks: int64 (E,), how many of its R ranks each adapter uses, from 1 to R; None: all.
+    adapter_ids: int32 or int64, of shape x.shape[:-1], or (batch,) for x (batch, tokens, K); from -1 to E - 1, rows in any order; or
+    what route() made of them, once for all layers with rows like x's and E adapters.
+    scaling: a number, or float32 (E,). ranks: int64 (E,), how many of its R ranks each adapter uses, from 1 to R; None: all. On a GPU,
+    where looking at them would wait for it, those out of range are taken as the nearest within.
     pages: int64 (E, R), with rank rows that stand anywhere in place of stacks: rank r of adapter e is lora_A[pages[e, r]] of
     lora_A (P, K), and lora_B[pages[e, r]] of lora_B (P, N). Those get no gradient, and autocast leaves them as they are.
     dropout_p: a number, or a list of E of them: each adapter's own; the mask is as lora_linear's, of x's rows where they lie.
@@ -119,43 +121,49 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     else:
         E, R = _check_paged(x, weight, lora_A, lora_B, bias, pages, dtype)
         lora_A, lora_B = lora_A[:, None], lora_B[:, :, None]
-    ids = _check_ids(adapter_ids, x, E, check_ids)
+    routed = _check_routed(adapter_ids, x, E) if isinstance(adapter_ids, multi_ops.Routed) else multi_ops.route(_check_ids(adapter_ids, x, E, check_ids), E)
     scaling = _per_adapter("scaling", scaling, E, x.device)
     ranks = _check_ranks(ranks, E, R, x.device)
-    seed = thresholds = None
+    thresholds = None
     probabilities = [check_probability("dropout_p", p) for p in (dropout_p if isinstance(dropout_p, (list, tuple)) else [dropout_p])]
     if len(probabilities) not in (1, E) or (isinstance(dropout_p, (list, tuple)) and len(probabilities) != E):
         raise ValueError(f"dropout_p: expected a number or {E} of them, got {len(probabilities)}")
     if training and any(dropout.threshold(p) for p in probabilities):
-        seed = dropout.draw_seed(x.device)
         thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
     lora_A, lora_B, bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias))
-    return _multi(x, weight, lora_A, lora_B, bias, scaling, (*multi_ops.route(ids, E), ranks, pages, seed, thresholds), dtype)
+    return _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thresholds, dtype)
 
 
-def _multi(x, weight, lora_A, lora_B, bias, scaling, segments, dtype, u=None):
+def _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thresholds, dtype, u=None):
+    seed = None if thresholds is None else dropout.draw_seed(x.device)
+    segments = (*routed, ranks, pages, seed, thresholds)
     pieces = (weight.absmax, weight.nested, weight.format) if isinstance(weight, NF4Tensor) else (None, None, None)
     W = weight.packed if isinstance(weight, NF4Tensor) else weight.resolve_neg()
     return multi_ops.multi_lora_linear(x, W, lora_A, lora_B, bias, scaling, *segments, dtype, *pieces, u)
 
 
 def route(adapter_ids, shape, E, check_ids="async"):
-    """(order, starts, tiles) of multi_lora_linear's rows, for x of `shape` (..., K); one for all layers that such an x meets."""
+    """What multi_lora_linear takes in the place of adapter_ids, for x of `shape` (..., K) and E adapters: the order of its rows, made
+    once for all layers that such an x meets. adapter_ids, check_ids and errors: multi_lora_linear's."""
     return multi_ops.route(_ids_of_rows(adapter_ids, shape[:-1], E, check_ids), E)
 
 
 def pooled_down(x, rows_A, routed, ranks, pages):
-    """u of multi_lora_linear for the G parts of rank rows (P, G, K) that share x, ranks (G, E): (M, G * R), in the order of `routed`."""
+    """u of multi_lora_linear for the G parts of rank rows (P, G, K) that share x, ranks (G, E): (S, M, G * R), in the order of `routed`."""
     dtype = _autocast_dtype(x)
-    return multi_ops.multi_lowrank_down(ops.rows(x if dtype is None else x.to(dtype)), rows_A, *routed, ranks, pages, None, None)
+    x = ops.rows(x if dtype is None else x.to(dtype))
+    return multi_ops.multi_lowrank_down(x, rows_A, *routed, ranks, pages, None, None, multi_ops.splits_of(*x.shape, x.device.type))
 
 
-def pooled_linear(x, weight, bias, rows_A, rows_B, scaling, routed, ranks, pages, u=None):
-    """multi_lora_linear on rank rows (P, 1, K) and (P, N, 1) of a pool, which has checked what it holds, with rows as `route` has
-    them and u where pooled_down has made it."""
+def routed_linear(x, weight, bias, lora_A, lora_B, scaling, routed, ranks, pages=None, u=None, thresholds=None):
+    """multi_lora_linear of a layer that has checked what it holds: stacks, or rank rows (P, 1, K) and (P, N, 1) of a pool; with rows
+    as `route` has them, u where pooled_down has made it, and thresholds of dropout."""
     dtype = _autocast_dtype(x)
     _check_base(x, weight, bias, dtype)
-    return _multi(x, weight, rows_A, rows_B, bias, scaling, (*routed, ranks, pages, None, None), dtype, u)
+    if dtype is None and pages is None:
+        _check_adapter_dtypes(x, lora_A, lora_B)
+    _check_routed(routed, x, len(scaling))
+    return _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thresholds, dtype, u)
 
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
@@ -323,6 +331,15 @@ def _check_ids(ids, x, E, check_ids):
     return _ids_of_rows(ids, x.shape[:-1], E, check_ids)
 
 
+def _check_routed(routed, x, E):
+    M = x.shape[:-1].numel()
+    if routed.order.shape != (M,) or routed.starts.shape != (E + 1,):
+        raise ValueError(f"adapter_ids: expected what route() makes for {M} rows and {E} adapters, got it for {len(routed.order)} and {len(routed.starts) - 1}")
+    if routed.order.device != x.device:
+        raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {routed.order.device}")
+    return routed
+
+
 def _ids_of_rows(ids, rows, E, check_ids):
     if check_ids not in ("sync", "async", "off"):
         raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
@@ -365,6 +382,8 @@ def _check_ranks(ranks, E, R, device):
         raise TypeError(f"ranks: expected int64 of shape ({E},), got {got}")
     if ranks.device != device:
         raise ValueError(f"ranks: expected device {device}, as x is, got {ranks.device}")
+    if ranks.is_cuda:
+        return ranks.clamp(1, R)
     if not ranks.is_meta and not torch.compiler.is_compiling() and not bool(((ranks >= 1) & (ranks <= R)).all()):
         raise ValueError(f"ranks: expected ranks from 1 to {R} (lora_A's), got {ranks.tolist()}")
     return ranks.contiguous()

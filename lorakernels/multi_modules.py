@@ -5,22 +5,30 @@ import math
 import torch
 from torch import nn
 
-from . import functional
+from . import dropout, functional
 from .modules import check_size, take_hooks, why_unusable
 from .nf4_modules import NF4Linear
+from .routes import Orders
 
 
 class Batch:
-    """The adapter_ids that a model was called with, for its layers. They stay until it is called again: a checkpointed forward
-    comes once more, within backward."""
+    """The adapter_ids that a model was called with, for its layers, and the order of rows that they make. They stay until it is
+    called again: a checkpointed forward comes once more, within backward."""
 
-    ids = None
+    def __init__(self):
+        self.ids, self.orders = None, Orders()
 
     def take(self, module, arguments, named):
         """The model's forward pre-hook."""
         named = dict(named)
         self.ids = named.pop("adapter_ids", None)
+        self.orders.begin()
         return arguments, named
+
+    def of(self, x, num_adapters):
+        """Routed rows of x (..., K)."""
+        ids = self.ids
+        return self.orders.of(x, lambda device: ids.to(device, non_blocking=True) if isinstance(ids, torch.Tensor) else ids, num_adapters)
 
 
 class MultiLoraLinear(nn.Module):
@@ -52,7 +60,7 @@ class MultiLoraLinear(nn.Module):
                 raise ValueError(f"ranks: expected ranks of at most max_rank={max_rank}, got {rank}")
         alphas = ranks if lora_alpha is None else _each("lora_alpha", lora_alpha, num_adapters)
         scaling = [functional.check_number("lora_alpha", alpha) / rank for alpha, rank in zip(alphas, ranks)]
-        self.lora_dropout = [functional.check_probability("lora_dropout", p) for p in _each("lora_dropout", lora_dropout, num_adapters)]
+        self.lora_dropout = tuple(functional.check_probability("lora_dropout", p) for p in _each("lora_dropout", lora_dropout, num_adapters))
         weight = base.packed if isinstance(base, NF4Linear) else base.weight
         dtype = base.dtype if isinstance(base, NF4Linear) else weight.dtype
         if adapter_dtype is None:
@@ -65,6 +73,8 @@ class MultiLoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(num_adapters, base.out_features, max_rank, **factory))
         self.register_buffer("ranks", torch.tensor(ranks, dtype=torch.int64, device=weight.device))
         self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=weight.device))
+        thresholds = [dropout.threshold(p) for p in self.lora_dropout]
+        self.register_buffer("thresholds", torch.tensor(thresholds, dtype=torch.int32, device=weight.device), persistent=False)
         if not weight.is_meta:
             self.reset_adapters()
 
@@ -112,16 +122,18 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x, adapter_ids=None):
         """x (..., K); adapter_ids of shape x.shape[:-1], or (batch,) for x (batch, tokens, K). Without them those that the model was
         called with (apply_multi_lora), and without those the base's own answer."""
-        if adapter_ids is None and self.batch is not None:
-            adapter_ids = self.batch.ids
-        if adapter_ids is None:
+        if adapter_ids is not None:
+            routed = functional.route(adapter_ids, x.shape, self.num_adapters)
+        elif self.batch is not None and self.batch.ids is not None:
+            routed = self.batch.of(x, self.num_adapters)
+        else:
             return self.base.forward(x)  # its hooks are this layer's
         bias = self.base.bias
         if isinstance(self.base, NF4Linear):
             bias = self.base._bias_for(x)
-        return functional.multi_lora_linear(
-            x, self.base.weight, self.lora_A, self.lora_B, adapter_ids, self.scaling, bias,
-            ranks=self.ranks, dropout_p=self.lora_dropout, training=self.training,
+        thresholds = self.thresholds if self.training and any(self.lora_dropout) else None
+        return functional.routed_linear(
+            x, self.base.weight, bias, self.lora_A, self.lora_B, self.scaling, routed, self.ranks, thresholds=thresholds
         )  # fmt: skip
 
     def extra_repr(self):

@@ -3,17 +3,19 @@
 M rows of x (tokens), E adapters of at most R ranks; A (E,R,K), B (E,N,R). `order` and the rest: backends/reference.py.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from . import flops
-from .backends.reference import accumulator, stack_shape, tiles_of
+from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
 from .ops import cast, primitive, product, refuse_second_derivatives, rows
 
 
-@primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds) -> Tensor")
-def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
+@primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds, int splits) -> Tensor")
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
     width = A.shape[1] if pages is None else A.shape[1] * pages.shape[1]
-    return x.new_empty(x.shape[0], width, dtype=accumulator(x.dtype))  # u (M,R), in the order of the adapters
+    return x.new_empty(splits, x.shape[0], width, dtype=accumulator(x.dtype))  # u (S,M,R), in the order of the adapters
 
 
 @primitive(
@@ -36,13 +38,20 @@ def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages,
     return du, dA, dB
 
 
+class Routed(NamedTuple):
+    """Rows sorted by adapter, each adapter's in their own order; where each adapter's begin; and how many tiles they make (None on
+    the CPU). First come rows with id -1, last those whose id is none."""
+
+    order: torch.Tensor  # (M,)
+    starts: torch.Tensor  # (E + 1,)
+    tiles: torch.Tensor | None  # (E + 1,)
+
+
 def route(ids, E):
-    """(order (M,), starts (E + 1,), tiles (E + 1,)) of adapter ids (M,): rows sorted by adapter, each adapter's in their own order,
-    where each adapter's begin, and how many tiles they make (None on the CPU); first come rows with id -1, last those whose id is
-    none. Nothing is read on the host, and sizes depend on shapes alone."""
+    """Routed rows of adapter ids (M,). Nothing is read on the host, and sizes depend on shapes alone."""
     ordered, order = torch.sort(torch.where((ids < -1) | (ids > E), E, ids), stable=True)
     starts = torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
-    return order, starts, None if ids.device.type == "cpu" else tiles_of(starts, len(ids))
+    return Routed(order, starts, None if ids.device.type == "cpu" else tiles_of(starts, len(ids)))
 
 
 def base(x, W, scales, turned, bias):
@@ -64,7 +73,8 @@ class MultiLoraLinear(torch.autograd.Function):
     def forward(ctx, x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u):
         y, u = forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype, absmax, nested, format, u)
         keep_x = A.requires_grad or W.requires_grad
-        ctx.save_for_backward(x if keep_x else None, W, A, B, u if B.requires_grad else None, scaling, order, starts, tiles, ranks, pages, seed, thresholds, absmax, nested)
+        u = summed(u) if B.requires_grad else None
+        ctx.save_for_backward(x if keep_x else None, W, A, B, u, scaling, order, starts, tiles, ranks, pages, seed, thresholds, absmax, nested)
         ctx.dtype, ctx.format, ctx.x_shape, ctx.x_dtype = dtype, format, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -86,7 +96,7 @@ class MultiLoraLinear(torch.autograd.Function):
             dA, dB = dA if need_A else None, dB.to(dtypes[2]) if need_B else None
         if need_x:
             dx = base(dy, W, None if absmax is None else (absmax, nested, ctx.format), True, None)
-            multi_add_lowrank(dx, du, A.transpose(1, 2), None, *segments)
+            multi_add_lowrank(dx, du[None], A.transpose(1, 2), None, *segments)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
@@ -103,7 +113,7 @@ def forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed,
     x_rows = rows(x)
     y = base(x_rows, W, None if absmax is None else (absmax, nested, format), False, bias)
     if u is None:
-        u = multi_lowrank_down(x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds)
+        u = multi_lowrank_down(x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds, splits_of(*x_rows.shape, x.device.type))
     multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
     return y.view(*x.shape[:-1], y.shape[1]), u
 

@@ -40,7 +40,7 @@ class Shared:
 
     def _columns(self, u, part):
         R = self.pages.shape[1]
-        return u[:, part * R : (part + 1) * R]
+        return u[..., part * R : (part + 1) * R]
 
 
 class PoolLinear(nn.Module):
@@ -73,7 +73,7 @@ class PoolLinear(nn.Module):
         base, shared, part = self.base, self.shared, self.part
         bias = base._bias_for(x) if isinstance(base, NF4Linear) else base.bias
         routed = route.of(x)
-        return functional.pooled_linear(
+        return functional.routed_linear(
             x, base.weight, bias, shared.rows_A[:, part : part + 1], self.rows_B, shared.scaling[part],
             routed, shared.ranks[part], shared.pages, shared.down(x, routed, part),
         )  # fmt: skip

@@ -25,28 +25,47 @@ class Tables:
         return torch.where(ids == NONE, ids, torch.where(known, slot, slots))
 
 
-class Route:
-    """The adapters of a batch's rows. `of` gives their order for an x, made once for each shape and forward of the model."""
+class Orders:
+    """What functional.route makes, once for each shape of x and forward of a model."""
 
-    def __init__(self, pool, ids):
-        self.pool, self.ids, self.on, self.made = pool, ids, {ids.device: ids}, {}
+    def __init__(self):
+        self.made = {}
 
     def begin(self):
         """A forward of the model begins: what was made before is made again, within a graph that is being captured too."""
         self.made.clear()
 
-    def of(self, x):
-        """(order, starts, tiles) for x (..., K); ValueError for a device without a pool, and on the CPU for an id that has ended."""
+    def of(self, x, ids, E):
+        """For x (..., K) and the ids that ids(device) gives."""
         key = x.shape[:-1], x.device
         if key not in self.made:
-            if x.device not in self.pool.tables:
-                raise ValueError(f"x: expected a device that the pool was made for ({', '.join(map(str, self.pool.tables))}), got {x.device}")
-            if x.device not in self.on:
-                self.on[x.device] = self.ids.to(x.device, non_blocking=True)
-            tables = self.pool.tables[x.device]
-            slots = tables.slots_of(self.on[x.device])
+            self.made[key] = functional.route(ids(x.device), x.shape, E)
+        return self.made[key]
+
+
+class Route:
+    """The adapters of a batch's rows; `of` gives their order for an x."""
+
+    def __init__(self, pool, ids):
+        self.pool, self.ids, self.on, self.orders = pool, ids, {ids.device: ids}, Orders()
+
+    def begin(self):
+        """A forward of the model begins."""
+        self.orders.begin()
+
+    def of(self, x):
+        """Routed rows of x (..., K); ValueError for a device without a pool, and on the CPU for an id that has ended."""
+        if x.device not in self.pool.tables:
+            raise ValueError(f"x: expected a device that the pool was made for ({', '.join(map(str, self.pool.tables))}), got {x.device}")
+        tables = self.pool.tables[x.device]
+
+        def slots_on(device):
+            if device not in self.on:
+                self.on[device] = self.ids.to(device, non_blocking=True)
+            slots = tables.slots_of(self.on[device])
             if not x.is_cuda and not torch.compiler.is_compiling() and (gone := (slots == len(tables.generation)).nonzero()).numel():
                 at = tuple(gone[0].tolist())
                 raise ValueError(f"adapter_ids: row {at[0] if len(at) == 1 else at} has the id {self.ids[at].item()}, which is no adapter's, or whose adapter has left the pool")
-            self.made[key] = functional.route(slots, x.shape, len(tables.generation))
-        return self.made[key]
+            return slots
+
+        return self.orders.of(x, slots_on, len(tables.generation))

@@ -87,8 +87,8 @@ def trials(device, M, K, N, R, dtype, adapter):
     stack_A, stack_B = draw(E, R, K, of=adapter) * K**-0.5, draw(E, N, R, of=adapter)
     rows = lambda stack, t, turned: torch.stack([t[i].double() @ (stack[i % E].double() if turned else stack[i % E].double().t()) for i in range(M)])  # noqa: E731
     if M <= 64:
-        yield Trial("multi_down", (R, half), lambda: triton.multi_lowrank_down(x, stack_A, *routed, None, None, None, None), lambda: rows(stack_A, x, False)[routed[0]], ("BLOCK_M",))
-        sorted_u = u[routed[0]]
+        yield Trial("multi_down", (R, half), lambda: triton.multi_lowrank_down(x, stack_A, *routed, None, None, None, None, 1)[0], lambda: rows(stack_A, x, False)[routed[0]], ("BLOCK_M",))
+        sorted_u = u[routed[0]][None]
 
         def add():
             out = y.clone()

@@ -111,8 +111,9 @@ def jobs():
                               shared | {"PAGED": paged, "X_TERMS": terms(base), "STEPS": 7},
                               ("stride_xk", "stride_ar" if turned else "stride_ak"), common=tile == every[-1] and turned == (scaled and not paged))  # fmt: skip
             for tile in (every := tiles.every_multi_add(half)):
-                yield Job(multi.multi_add, base, adapter, tile, routed | {"y": f"*{x}", "u": "*fp32", "B": f"*{a}"}, shared | {"PAGED": paged, "STEPS": 7},
-                          ("stride_bn" if dropout or paged else "stride_br",), common=tile == every[-1])  # fmt: skip
+                for split in (False, True) if not dropout else (False,):  # a mask falls on dx, whose du is whole
+                    yield Job(multi.multi_add, base, adapter, tile, routed | {"y": f"*{x}", "u": "*fp32", "B": f"*{a}"}, shared | {"PAGED": paged, "SPLIT": split, "STEPS": 7},
+                              ("stride_bn" if dropout or paged else "stride_br",), common=tile == every[-1] and split == paged)  # fmt: skip
             if paged:
                 continue
             yield Job(multi.multi_outer, base, adapter, tiles.multi_outer(half), routed | {"small": "*fp32", "large": f"*{x}", "out": f"*{a}"},

@@ -295,3 +295,17 @@ def test_explain_names_the_kernel():
         assert "linear_lowrank: reference" in lk.explain(LoraLinear(8, 8))
     if lk.backends.available()["cpu"] == "ok":
         assert "linear_lowrank: cpu" in text
+
+
+def test_explain_knows_every_layer():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
+    pool = lk.AdapterPool(copy.deepcopy(model), 16, slots=2, max_rank=4)
+    served = copy.deepcopy(model)
+    lk.serve_adapters(served, pool)
+    many = lk.MultiLoraLinear(lk.NF4Linear.from_linear(nn.Linear(64, 32)), num_adapters=2, max_rank=3)
+    for module, words in (
+        (served, ("2 PoolLinear on cpu", "8->6 max_rank=4, slots=2", "F.linear", "multi_lowrank_down: ", "multi_add_lowrank: ")),
+        (many, ("1 MultiLoraLinear on cpu", "64->32 num_adapters=2, max_rank=3", "nf4_linear_lowrank: ", "5 rows by 64->32: forward few", "multi_lowrank_grad: ")),
+    ):
+        text = lk.explain(module, tokens=5)
+        assert all(word in text for word in words), text

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels import dropout, multi_ops
-from lorakernels.functional import multi_lora_linear, nf4_linear, quantize_nf4
+from lorakernels.functional import multi_lora_linear, nf4_linear, quantize_nf4, route
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
@@ -156,6 +156,27 @@ def test_nf4_base(backend, device, base):
         case.hold(quantize_nf4(case.W), label=f"NF4 M={M} ")
 
 
+@mixes
+def test_split_over_K(backend, device, base, adapter, monkeypatch):
+    """As a GPU splits it where rows are few: also u of a backward, which wants it whole."""
+    assert [multi_ops.splits_of(*shape) for shape in [(64, 4096, "cuda"), (64, 1100, "cuda"), (1, 17, "cuda"), (8192, 4096, "cuda"), (64, 4096, "cpu")]] == [8, 2, 1, 1, 1]
+    monkeypatch.setattr(multi_ops, "splits_of", lambda *_: 3)
+    case = Case(9, 200, 40, 4, [3, 17, 8, 1], DISTRIBUTIONS["random"](9, 4), base, adapter, device)
+    y = case.hold(label="split ")["y"]
+    with torch.no_grad():
+        assert torch.equal(multi_lora_linear(case.x, case.W, case.A, case.B, case.ids, case.scaling, case.bias, ranks=case.ranks), y)
+
+
+def test_rows_in_order_for_several_layers(backend, device):
+    case = Case(9, 40, 24, 4, [3, 17, 8, 1], DISTRIBUTIONS["random"](9, 4), F32, F32, device)
+    once = route(case.ids, case.x.shape, 4)
+    for name, out in case.run(ids=once).items():
+        assert torch.equal(out, case.run()[name])
+    for x, E, words in ((case.x[:8], 4, "for 8 rows and 4 adapters, got it for 9 and 4"), (case.x, 3, "for 9 rows and 3 adapters, got it for 9 and 4")):
+        with pytest.raises(ValueError, match=words):
+            multi_lora_linear(x, case.W, case.A[:E], case.B[:E], once, 1.0)
+
+
 def test_layouts(backend, device):
     M, K, N, ids = 21, 40, 24, DISTRIBUTIONS["random"](21, 3)
     for x in (torch.randn(2 * M, 2 * K)[::2, ::2], torch.randn(K, M).t(), torch.randn(1, K).expand(M, K), torch.randn(M * K + 1)[1:].view(M, K)):
@@ -292,8 +313,8 @@ def test_opcheck(backend, device):
     ops, seed, thresholds = torch.ops.lorakernels, torch.tensor([5], device=device), torch.tensor([9000, 0], dtype=torch.int32, device=device)
     x, u, y, A, B = case.x, torch.randn(6, 3, device=device), torch.randn(6, 8, device=device), torch.nan_to_num(case.A), torch.nan_to_num(case.B)
     with torch.no_grad():
-        torch.library.opcheck(ops.multi_lowrank_down.default, (x, A, order, starts, tiles, case.ranks, None, seed, thresholds))
-        torch.library.opcheck(ops.multi_add_lowrank.default, (y, u, B, case.scaling, order, starts, tiles, None, None, None, None))
+        torch.library.opcheck(ops.multi_lowrank_down.default, (x, A, order, starts, tiles, case.ranks, None, seed, thresholds, 1))
+        torch.library.opcheck(ops.multi_add_lowrank.default, (y, u[None], B, case.scaling, order, starts, tiles, None, None, None, None))
         torch.library.opcheck(ops.multi_lowrank_grad.default, (y, x, u, B, case.scaling, order, starts, tiles, case.ranks, None, seed, thresholds, F32))
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from numerics import check
 from test_multi import F32
-from test_pool import adapter_of, alone, block, by_hand
+from test_pool import adapter_of, alone, blind, block, by_hand  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
+from lorakernels import multi_ops
 
 RANKS, ALPHAS = [1, 5, 3], [2, 5, 12]
 
@@ -75,6 +76,43 @@ def test_trained_at_once_or_each_alone_gives_the_same_bits(reentrant):
         assert all(torch.equal(p, whole[e][name]) for name, p in alone.items())
         before = lk.adapter_parameters(copy.deepcopy(start))[e]
         assert not any(torch.equal(p, before[name]) for name, p in alone.items())
+
+
+def test_rows_are_ordered_once_a_forward(monkeypatch):
+    _, model, _ = model_of_three()
+    made, route = [], multi_ops.route
+    monkeypatch.setattr(multi_ops, "route", lambda ids, E: made.append(ids) or route(ids, E))
+    x = torch.randn(5, 6, 24)
+    first = model(x, adapter_ids=torch.tensor([2, -1, 0, 1, 2]))
+    assert len(made) == 1
+    second = model(x, adapter_ids=torch.tensor([2, -1, 1, 1, 2]))
+    assert len(made) == 2
+    assert not torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
+    with pytest.raises(ValueError, match="adapter_ids: .* got 3 for row 0"):
+        model(x, adapter_ids=torch.full((5,), 3))
+    with pytest.raises(ValueError, match="adapter_ids: expected shape"):
+        model(x, adapter_ids=torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_training_step_reads_nothing_on_the_host(blind):  # noqa: F811
+    _, model, _ = model_of_three(lora_dropout=0.25)
+    x, ids = torch.randn(5, 6, 24, requires_grad=True), torch.tensor([2, -1, 0, 1, 2])
+    with blind() as launched:
+        model(x, adapter_ids=ids).backward(torch.ones(5, 6, 24))
+    assert len(launched) == 14 * 6  # two forward; du, dA, dB and dx's part
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_has_no_break(compiler):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _, model, _ = model_of_three()
+    compiled, x = torch.compile(model, fullgraph=True, backend=compiler), torch.randn(5, 24)
+    for ids in ([2, -1, 0, 1, 2], [0, 0, 0, 0, 0], [-1, -1, 1, 1, 2]):
+        ids = torch.tensor(ids)
+        eager = model(x, adapter_ids=ids)
+        check("multi model compiled", compiled(x, adapter_ids=ids), eager.double(), eager, base=F32, K=40)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_gradients_add_up_in_the_views():

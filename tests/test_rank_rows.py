@@ -68,9 +68,10 @@ def test_rank_rows_beyond_31_bits(backend, device):
     check("rank rows 2**30 apart", y, exact, eager.half(), base=torch.float16, K=40)
 
 
-def test_several_matrices_that_share_x(backend, device):
+@pytest.mark.parametrize("splits", [1, 3])
+def test_several_matrices_that_share_x(backend, device, splits):
     """One product with the rows of all of them, each of its own rank, 0 too."""
-    P, G, K, E, R, M = 30, 3, 40, 4, 8, 17
+    P, G, K, E, R, M = 30, 3, 40 if splits == 1 else 200, 4, 8, 17
     ids = DISTRIBUTIONS["random"](M, E).to(device)
     rows = torch.randn(P, G, K, device=device)
     pages = torch.randperm(P)[: E * 7].view(E, 7)
@@ -78,10 +79,11 @@ def test_several_matrices_that_share_x(backend, device):
     ranks = torch.tensor([[1, 7, 3, 4], [5, 0, 7, 2], [0, 6, 1, 7]], device=device)
     for x in (torch.randn(M, K, device=device), torch.randn(M, 2 * K, device=device).to(BF16)[:, ::2]):
         order, starts, tiles = multi_ops.route(ids, E)
-        together = multi_ops.multi_lowrank_down(x, rows, order, starts, tiles, ranks, pages, None, None)
-        assert together.shape == (M, G * R)
+        parts = multi_ops.multi_lowrank_down(x, rows, order, starts, tiles, ranks, pages, None, None, splits)
+        assert parts.shape == (splits, M, G * R)
+        together = parts.sum(0)
         for g in range(G):
-            alone = multi_ops.multi_lowrank_down(x, rows[:, g : g + 1], order, starts, tiles, ranks[g], pages, None, None)
+            alone = multi_ops.multi_lowrank_down(x, rows[:, g : g + 1], order, starts, tiles, ranks[g], pages, None, None, splits).sum(0)
             exact, eager, written = torch.zeros_like(alone).double(), torch.zeros_like(alone), torch.zeros_like(alone).bool()
             for place, row in enumerate(order.tolist()):
                 e = ids[row].item()
@@ -102,8 +104,8 @@ def test_opcheck(backend, device):
     order, starts, tiles = multi_ops.route(case.ids, 2)
     u, y = torch.randn(6, 3, device=device), torch.randn(6, 8, device=device)
     with torch.no_grad():
-        torch.library.opcheck(operators.multi_lowrank_down.default, (case.x, A, order, starts, tiles, case.ranks, pages, None, None))
-        torch.library.opcheck(operators.multi_add_lowrank.default, (y, u, B, case.scaling, order, starts, tiles, case.ranks, pages, None, None))
+        torch.library.opcheck(operators.multi_lowrank_down.default, (case.x, A, order, starts, tiles, case.ranks, pages, None, None, 1))
+        torch.library.opcheck(operators.multi_add_lowrank.default, (y, u[None], B, case.scaling, order, starts, tiles, case.ranks, pages, None, None))
         torch.library.opcheck(operators.multi_lowrank_grad.default, (y, None, None, B, case.scaling, order, starts, tiles, case.ranks, pages, None, None, F32))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from . import native
 from .nf4_path import FEW, nf4_path
-from .reference import base_product, nf4_product, stack_shape
+from .reference import base_product, nf4_product, stack_shape, summed
 
 
 @functools.lru_cache(maxsize=None)
@@ -103,21 +103,22 @@ def nf4_linear_lowrank(
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
 
 
-def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in C++."""
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
+    """u (splits,M,R), whose sum is drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in C++: all of it in the first."""
     (E, R, K), parts = A.shape, 1
     if pages is not None:
         parts, (E, R) = R, pages.shape
-    u = x.new_empty(x.shape[0], parts * R, dtype=torch.float32)
-    module().multi_lowrank_down(native.segments(E, R, order, starts, ranks, pages, seed, thresholds), K, parts, native.matrix(x), native.stack(A), native.matrix(u))
+    u = x.new_empty(splits, x.shape[0], parts * R, dtype=torch.float32)
+    u[1:].zero_()
+    module().multi_lowrank_down(native.segments(E, R, order, starts, ranks, pages, seed, thresholds), K, parts, native.matrix(x), native.stack(A), native.matrix(u[0]))
     return u
 
 
 def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
-    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in C++; rows without adapter are not touched,
-    those whose id is none become NaN."""
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, u (S,M,R) summed over S, in place, in C++; rows without adapter are
+    not touched, those whose id is none become NaN."""
     E, N, R = stack_shape(B, pages)
-    module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling), *y.shape, native.matrix(y), native.matrix(u), native.stack(B))
+    module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling), *y.shape, native.matrix(y), native.matrix(summed(u)), native.stack(B))
 
 
 def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):

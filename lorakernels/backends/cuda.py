@@ -122,13 +122,13 @@ def _many(tensor):
     return triton if triton.why_not(tensor.device.type, tensor.dtype) is None else reference
 
 
-def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, by the triton backend."""
-    return _many(x).multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds)
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
+    """u (splits,M,R), whose sum is drop(x) A_e^T of each row's adapter e, by the triton backend."""
+    return _many(x).multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits)
 
 
 def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
-    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, by the triton backend."""
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, u (S,M,R) summed over S, in place, by the triton backend."""
     return _many(y).multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds)
 
 

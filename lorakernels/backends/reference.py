@@ -151,11 +151,20 @@ def nf4_linear_lowrank(
 # such tiles the adapters up to each have, the rows whose id is none at the end; None where no such kernel runs.
 #
 # With pages (E,R) there is no stack: rank r of adapter e is A[pages[e, r]] of A (P,G,K), and B[pages[e, r]] of B (P,N,1). The G
-# parts of A share x: ranks is (G,E), part g has columns g * R and on of u (M, G * R). Of u and du nobody reads what is no adapter's,
-# or lies beyond its rank: kernels leave it as it is.
+# parts of A share x: ranks is (G,E), part g has columns g * R and on of u. Of u and du nobody reads what is no adapter's, or lies
+# beyond its rank: kernels leave it as it is.
+#
+# Where few rows leave a GPU idle, K is split: multi_lowrank_down makes u (splits, M, R) of as many parts of K, and
+# multi_add_lowrank adds them up, in their order. Elsewhere there is one.
 
 
 TILE_ROWS = 16
+FEW_ROWS, SPLIT_DEPTH, MOST_SPLITS = 256, 512, 8  # below a wave of programs for each adapter; u's bytes stay below B's
+
+
+def splits_of(M, K, device):
+    """Of how many parts of K multi_lowrank_down makes u for M rows."""
+    return 1 if device == "cpu" or M > FEW_ROWS else max(1, min(K // SPLIT_DEPTH, MOST_SPLITS))
 
 
 def tiles_of(starts, M):
@@ -192,20 +201,21 @@ def ranks_across(B, pages, e, rank):
     return B[e, :, :rank] if pages is None else B[pages[e, :rank], :, 0].t()
 
 
-def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, zero elsewhere here: a torch product for each adapter."""
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
+    """u (splits,M,R), whose sum is drop(x) A_e^T of each row's adapter e, float32, zero elsewhere here: a torch product for each adapter."""
     dtype = accumulator(x.dtype)
     parts, R = (1, A.shape[1]) if pages is None else (A.shape[1], pages.shape[1])
-    u = x.new_zeros(x.shape[0], parts * R, dtype=dtype)
+    u = x.new_zeros(splits, x.shape[0], parts * R, dtype=dtype)  # all of it in the first
     for part in range(parts):
         for e, rows, places, rank in segments(order, starts, ranks, R, part):
-            u[places, part * R : part * R + rank] = product(_dropped(x, rows, seed, thresholds, e), ranks_down(A, pages, e, rank, part).t(), dtype)
+            u[0, places, part * R : part * R + rank] = product(_dropped(x, rows, seed, thresholds, e), ranks_down(A, pages, e, rank, part).t(), dtype)
     return u
 
 
 def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
-    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place; rows without adapter are not touched, those whose id
-    is none become NaN."""
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, u (S,M,R) summed over S, in place; rows without adapter are not
+    touched, those whose id is none become NaN."""
+    u = summed(u)
     for e, rows, places, rank in segments(order, starts, ranks, u.shape[1]):
         delta = product(u[places, :rank], ranks_across(B, pages, e, rank).t(), u.dtype)
         if seed is not None:
@@ -215,6 +225,11 @@ def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed
             delta *= scaling[e]
         y[rows] = (y[rows].to(u.dtype) + delta).to(y.dtype)
     y[order[starts[-1] :]] = float("nan")
+
+
+def summed(u):
+    """u (M,R) of its parts."""
+    return u[0] if u.shape[0] == 1 else u.sum(0)
 
 
 def stack_shape(B, pages):

@@ -328,9 +328,10 @@ def at_most(M, E):
     return M // TILE_ROWS + min(E, M)
 
 
-def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds):
-    """u (M,R) = drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in Triton."""
-    u = x.new_empty(x.shape[0], A.shape[1] * (1 if pages is None else pages.shape[1]), dtype=torch.float32)
+def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
+    """u (splits,M,R), whose sum is drop(x) A_e^T of each row's adapter e: each of its own part of K, float32, not written elsewhere, in
+    Triton."""
+    u = x.new_empty(splits, x.shape[0], A.shape[1] * (1 if pages is None else pages.shape[1]), dtype=torch.float32)
     return _multi_down(x, A, None, order, starts, tiles, ranks, pages, seed, thresholds, u)
 
 
@@ -343,14 +344,15 @@ def _multi_down(x, A, scaling, order, starts, tiles, ranks, pages, seed, thresho
         parts, (E, R) = R, pages.shape
     if M == 0:
         return u
-    tile = table.multi_down(R, x.dtype != torch.float32)
+    tile, splits = table.multi_down(R, x.dtype != torch.float32), u.shape[0]
+    part_of_K = K if splits == 1 else -(-K // (splits * tile.BLOCK_K)) * tile.BLOCK_K
     tiles = tiles_of(starts, M) if tiles is None else tiles
     with on_device(x):
-        multi.multi_down[(at_most(M, E), parts * -(-R // tile.BLOCK_R))](
+        multi.multi_down[(at_most(M, E), parts * -(-R // tile.BLOCK_R), splits)](
             x, A, order, starts, tiles, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
             order if seed is None else thresholds, u if scaling is None else scaling, u,
-            M, K, R, E,
-            *x.stride(), *A.stride(), 0 if pages is None else pages.stride(0), u.stride(0),
+            M, K, R, E, part_of_K,
+            *x.stride(), *A.stride(), 0 if pages is None else pages.stride(0), u.stride(0), u.stride(1),
             ranks is not None, pages is not None, seed is not None, scaling is not None, mode(x.dtype, A.dtype), terms(x.dtype), (E + 1).bit_length(),
             **tile._asdict(),
         )  # fmt: skip
@@ -358,7 +360,7 @@ def _multi_down(x, A, scaling, order, starts, tiles, ranks, pages, seed, thresho
 
 
 def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds):
-    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, in place, in Triton; rows without adapter are not touched,
+    """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, u (S,M,R) summed over S, in place, in Triton; rows without adapter are not touched,
     those whose id is none become NaN."""
     from . import multi
     from . import tiles as table
@@ -372,9 +374,9 @@ def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed
         multi.multi_add[(at_most(M, E + 1), -(-N // tile.BLOCK_N))](
             y, u, B, order, starts, tiles, order if ranks is None else ranks, order if pages is None else pages, order if seed is None else seed,
             order if seed is None else thresholds, u if scaling is None else scaling,
-            M, N, R, E,
-            y.stride(0), u.stride(0), *B.stride(), 0 if pages is None else pages.stride(0),
-            ranks is not None, pages is not None, seed is not None, scaling is not None, mode(y.dtype, B.dtype), (E + 1).bit_length(),
+            M, N, R, E, u.shape[0],
+            y.stride(0), u.stride(0), u.stride(1), *B.stride(), 0 if pages is None else pages.stride(0),
+            ranks is not None, pages is not None, seed is not None, scaling is not None, u.shape[0] > 1, mode(y.dtype, B.dtype), (E + 1).bit_length(),
             **tile._asdict(),
         )  # fmt: skip
 
@@ -383,7 +385,7 @@ def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages,
     """du, dA and dB of every adapter in a launch each, an adapter's rows in their order, in Triton."""
     E, N, R = stack_shape(B, pages)
     du = dy.new_empty(dy.shape[0], R, dtype=torch.float32)
-    _multi_down(dy, B.transpose(1, 2), scaling, order, starts, tiles, ranks, pages, None, None, du)
+    _multi_down(dy, B.transpose(1, 2), scaling, order, starts, tiles, ranks, pages, None, None, du[None])
     dA = dy.new_empty((0,) if x is None else (E, R, x.shape[1]), dtype=dtype)
     dB = dy.new_empty((0,) if u is None else (E, N, R), dtype=dtype)
     if x is not None:

@@ -46,13 +46,18 @@ def dot_terms(a, b, acc, MODE: tl.constexpr, DTYPE: tl.constexpr, A_TERMS: tl.co
 def lowrank_tile(
     u, v, m, n, in_m, in_n, R, stride_um, stride_vn, stride_vr,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, pages=None, PAGED: tl.constexpr = False,
+    splits=1, stride_us=0, SPLIT: tl.constexpr = False,
 ):  # fmt: skip
-    """sum_r u[m, r] v[n, r], float32: rows m (BLOCK_M,) and columns n (BLOCK_N,) where in_m and in_n. PAGED: v[n, pages[r]]."""
+    """sum_r u[m, r] v[n, r], float32: rows m (BLOCK_M,) and columns n (BLOCK_N,) where in_m and in_n. PAGED: v[n, pages[r]].
+    SPLIT: u is the sum of `splits` matrices, added in their order."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r0 in range(0, R, BLOCK_R):
         r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
         in_r = r < R
         u_tile = tl.load(u + m[:, None] * stride_um + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+        if SPLIT:
+            for s in range(1, splits):
+                u_tile += tl.load(u + s * stride_us + m[:, None] * stride_um + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         at = r
         if PAGED:
             at = tl.load(pages + r, mask=in_r, other=0)

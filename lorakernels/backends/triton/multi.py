@@ -25,16 +25,17 @@ def multi_down(
     # pointers
     x, A, order, starts, tiles, ranks, pages, seed, thresholds, scaling, u,
     # sizes
-    M, K, R, E,
+    M, K, R, E, K_PART,
     # strides
-    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_pe, stride_um,
+    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_pe, stride_us, stride_um,
     # what the kernel is made for
     HAS_RANKS: tl.constexpr, PAGED: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, X_TERMS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """u[place, r] = scaling_e * sum_k drop(x)[row, k] A[e, r, k] for r below the rank of the row's adapter e; the rest stays
 
-    PAGED: A[pages[e, r], part, k], its ranks ranks[part, e], its columns part * R and on of u."""
+    PAGED: A[pages[e, r], part, k], its ranks ranks[part, e], its columns part * R and on of u. The third axis of programs is K's:
+    each sums K_PART of it into a u of its own."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles + E - 1):
         e, first, end = segment_of(tile, starts, tiles, E, M, BLOCK_M, STEPS)
@@ -56,7 +57,8 @@ def multi_down(
             else:
                 A_rows = A + e.to(tl.int64) * stride_ae + r * stride_ar
             acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            for k0 in range(0, K, BLOCK_K):
+            begin = tl.program_id(2) * K_PART
+            for k0 in range(begin, tl.minimum(begin + K_PART, K), BLOCK_K):
                 k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
                 in_k = k < K
                 x_tile = tl.load(x + row[:, None] * stride_xm + k[None, :] * stride_xk, mask=in_m[:, None] & in_k[None, :], other=0.0)
@@ -68,7 +70,7 @@ def multi_down(
                 acc *= kept_scale(tl.load(thresholds + e))
             if SCALED:
                 acc *= tl.load(scaling + e)
-            tl.store(u + place[:, None] * stride_um + (part * R + r)[None, :], acc, mask=in_m[:, None] & in_r[None, :])
+            tl.store(u + tl.program_id(2) * stride_us + place[:, None] * stride_um + (part * R + r)[None, :], acc, mask=in_m[:, None] & in_r[None, :])
 
 
 @triton.jit
@@ -83,16 +85,16 @@ def multi_add(
     # pointers
     y, u, B, order, starts, tiles, ranks, pages, seed, thresholds, scaling,
     # sizes
-    M, N, R, E,
+    M, N, R, E, splits,
     # strides
-    stride_ym, stride_um, stride_be, stride_bn, stride_br, stride_pe,
+    stride_ym, stride_us, stride_um, stride_be, stride_bn, stride_br, stride_pe,
     # what the kernel is made for
-    HAS_RANKS: tl.constexpr, PAGED: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
+    HAS_RANKS: tl.constexpr, PAGED: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y[row, n] += scaling_e * drop'(sum_r u[place, r] B[e, n, r]), in place, one rounding at the store
 
-    PAGED: B[pages[e, r], n]. Rows of segment E, whose id is none, become NaN."""
+    PAGED: B[pages[e, r], n]. SPLIT: u is the sum of `splits`. Rows of segment E, whose id is none, become NaN."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles + E):
         e, first, end = segment_of(tile, starts, tiles, E, M, BLOCK_M, STEPS)
@@ -108,10 +110,14 @@ def multi_add(
         in_n = n < N
         if PAGED:
             delta = lowrank_tile(
-                u, B, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_be, MODE, BLOCK_M, BLOCK_N, BLOCK_R, pages + e * stride_pe, True
+                u, B, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_be, MODE, BLOCK_M, BLOCK_N, BLOCK_R, pages + e * stride_pe, True,
+                splits, stride_us, SPLIT,
             )  # fmt: skip
         else:
-            delta = lowrank_tile(u, B + e.to(tl.int64) * stride_be, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_br, MODE, BLOCK_M, BLOCK_N, BLOCK_R)
+            delta = lowrank_tile(
+                u, B + e.to(tl.int64) * stride_be, place, n, in_m, in_n, rank, stride_um, stride_bn, stride_br, MODE, BLOCK_M, BLOCK_N, BLOCK_R, None, False,
+                splits, stride_us, SPLIT,
+            )  # fmt: skip
         if SCALED:
             delta *= tl.load(scaling + e, mask=known, other=1.0)
         if DROPOUT:

@@ -196,7 +196,8 @@ def every_multi_down(half):
 
 @table(Tile)
 def multi_add(half):
-    return Tile(TILE_ROWS, 64 if half else 32, 16, 4, 1)  # two stages or 64 columns of float32 spill on sm_100
+    # two stages, 64 columns of float32 and, where K is split, 4 warps of half precision spill on sm_100
+    return Tile(TILE_ROWS, 64, 16, 2, 1) if half else Tile(TILE_ROWS, 32, 16, 4, 1)
 
 
 def every_multi_add(half):
@@ -213,7 +214,7 @@ def linear_lowrank(M, N, K, R, half, hopper, plain):
     dropout and biases; with them 128 columns spill, those with a mask everywhere, those with biases on sm_100. From
     descriptors 16 rows spill with two stages."""
     if not half:
-        return MatmulTile(32, 32, 32, 16, 8, 4, 2)  # 64 columns spill on sm_80
+        return MatmulTile(32, 32, 32, 16, 8, 4 if hopper else 8, 2)  # 64 columns spill on sm_80, 8 warps with descriptors, 4 without on sm_90
     depth = 64 if hopper else 32
     if M <= 64:
         return MatmulTile(_power_of_two(M, 16, 64), 64, depth, 16, 8, 4, 3 if hopper and M <= 16 else 2)
