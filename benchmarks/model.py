@@ -1,7 +1,7 @@
-"""A decoder layer and whole models (Llama's architecture, random weights): forward + backward, and a decode step.
+"""A decoder layer and whole models (Llama's architecture, random weights): a training step (forward, backward, AdamW), a decode step.
 
-LoRA and QLoRA over all linears, and 8 adapters in one batch, against PEFT (with bitsandbytes). The optimiser's step is everyone's
-own affair and stands outside.
+LoRA and QLoRA over all linears, and 8 adapters in one batch, against PEFT (with bitsandbytes). AdamW is torch's, for everyone, at a
+learning rate of 0: it does all of its work, and the next call finds the same adapters.
 """
 
 import copy
@@ -109,6 +109,7 @@ def build(case, options):
     def contender(name, run, parameters, **more):
         """run(inputs_embeds=, ...) gives a model's output."""
         keep = {}
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=True) if parameters and not decodes else None
 
         def decode():
             with torch.no_grad():
@@ -124,6 +125,10 @@ def build(case, options):
         def train():
             y = run(inputs_embeds=x, use_cache=False).logits
             found = torch.autograd.grad(y.float().square().mean(), [x, *parameters])
+            for parameter, gradient in zip(parameters, found[1:]):
+                parameter.grad = gradient
+            if optimizer:
+                optimizer.step()
             return {"y": y, "dx": found[0]} | ({"dAB": found[1:]} if parameters else {})
 
         return Contender(name, decode if decodes else train, cache if decodes else None, **more)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear, multi_lora_linear
 
-from . import lora, peers
+from . import lora, peers, serving
 from .cases import Case, Contender, Work, looking, ours, passes, recording
 from .shapes import linears
 
@@ -129,7 +129,7 @@ def build(case, options):
             found.append(contender("torch._grouped_mm", grouped, cast=device == "cuda"))
         except (RuntimeError, AttributeError) as error:
             skipped["torch._grouped_mm"] = str(error).splitlines()[0][:100]
-    for name, peer in peers.multi(options.peers).items():
+    for name, peer in serving.multi(options.peers).items():
         if isinstance(peer, str) or trains or (ids < 0).any():
             skipped[name] = peer if isinstance(peer, str) else "does not train" if trains else "not called with rows of no adapter"
         else:

@@ -1,7 +1,6 @@
 """Other people's packages: which are there, why the others are not, and the few lines that call each.
 
-What is installed is imported by name. Kernels that come in no package of their own (vLLM's and SGLang's Triton operators) are
-imported from the folder that --peers names: `DIR/vllm` and `DIR/sglang` as in their repositories. None of it is kept here.
+None of it is kept here. Kernels that come in no package of their own are serving.py's.
 """
 
 import contextlib
@@ -10,9 +9,7 @@ import importlib
 import importlib.metadata
 import io
 import logging
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -67,21 +64,6 @@ def versions():
     return found
 
 
-@functools.lru_cache(maxsize=None)
-def _from_folder(folder, path):
-    """A module of the peers' folder, or why not."""
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    if folder is None:
-        return "no folder of peers was named (--peers)"
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(path)
-    except Exception as error:
-        return f"{path} in {Path(folder).name}: {type(error).__name__}: {error}"
-
-
 # -- LoRA ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -112,55 +94,3 @@ def torchao_nf4(N, K):
             found = importlib.import_module(path)
             return found.to_nf4, found.linear_nf4
     return f"torchao {versions()['torchao']} has no NF4 tensor where one is looked for"
-
-
-# -- many adapters -------------------------------------------------------------------------------------------------------------------
-
-
-def multi(folder):
-    """{name: maker (A (E,R,K), B (E,N,R), ids (M,), scaling) -> (function y, x: y += its low-rank part), or why not}."""
-    found = {}
-    shrink = _from_folder(folder, "vllm.lora.ops.triton_ops")
-    found["vLLM"] = shrink if isinstance(shrink, str) else functools.partial(_vllm, shrink)
-    triton_ops = _from_folder(folder, "sglang.srt.lora.triton_ops")
-    found["SGLang"] = triton_ops if isinstance(triton_ops, str) else functools.partial(_sglang, triton_ops)
-    found["Punica"] = "needs a GPU" if not torch.cuda.is_available() else "no adapter is written for it yet: its operators were never at hand"
-    return found
-
-
-def _vllm(ops, A, B, ids, scaling):
-    E, R, K = A.shape
-    M, device = len(ids), ids.device
-    order = torch.argsort(ids, stable=True).int()
-    active, counts = torch.unique(ids, return_counts=True)
-    lora_ids, number = torch.full((E + 1,), -1, dtype=torch.int32, device=device), torch.zeros(E + 1, dtype=torch.int32, device=device)
-    begins = torch.zeros(E + 2, dtype=torch.int32, device=device)
-    lora_ids[: len(active)], number[: len(active)], begins[1 : len(active) + 1] = active.int(), counts.int(), counts.cumsum(0).int()
-    metadata = (ids.int(), order, number, begins, lora_ids, torch.zeros(1, dtype=torch.bool), torch.tensor([len(active)], dtype=torch.int32))
-    a, b = [A[:, None].contiguous()], [B[:, None].contiguous()]
-
-    def add(y, x):
-        u = torch.empty(1, M, R, dtype=torch.float32, device=device)
-        ops.lora_shrink(x, a, u, *metadata, scaling)
-        ops.lora_expand(u, b, y, *metadata, offset_start=0, add_inputs=True)
-        return y
-
-    return add
-
-
-def _sglang(ops, A, B, ids, scaling):
-    from types import SimpleNamespace
-
-    order = torch.argsort(ids, stable=True)
-    active, counts = torch.unique(ids, return_counts=True)
-    device, E = ids.device, len(A)
-    batch = SimpleNamespace(
-        bs=len(active), num_segments=len(active), max_len=int(counts.max()), seg_lens=counts.int(), seg_indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
-        weight_indices=active.int(), lora_ranks=torch.full((E,), A.shape[1], dtype=torch.int32, device=device),
-        scalings=torch.full((E,), scaling, device=device), permutation=order.int(), use_cuda_graph=False,
-    )  # fmt: skip
-
-    def add(y, x):
-        return ops.sgemm_lora_b_fwd(ops.sgemm_lora_a_fwd(x, A, batch), B, batch, y)
-
-    return add

@@ -215,6 +215,88 @@ def test_tuned_rows_come_before_the_tables(tmp_path, monkeypatch):
             measured.load(path)
 
 
+SERVERS = {
+    "vllm/lora/ops/triton_ops/lora_shrink_op.py": """
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+def rows(sorted_rows, number, begins, named, active):
+    for at in range(int(active)):
+        if named[at] >= 0:
+            yield named[at], sorted_rows[begins[at] : begins[at] + number[at]].long()
+
+def lora_shrink(x, a, u, mapping, sorted_rows, number, begins, named, no_lora, active, scaling):
+    assert len(number) == len(named) == len(begins) - 1 and not no_lora.item() and not u.fill_(float("nan")).sum() == 0
+    for adapter, some in rows(sorted_rows, number, begins, named, active):
+        assert (mapping[some] == adapter).all()
+        u[0][some] = x[some] @ a[0][adapter, 0].t() * scaling
+""",
+    "vllm/lora/ops/triton_ops/lora_expand_op.py": """
+from vllm.lora.ops.triton_ops.lora_shrink_op import rows
+
+def lora_expand(u, b, y, mapping, sorted_rows, number, begins, named, no_lora, active, offset_start, add_inputs):
+    assert add_inputs and not offset_start
+    for adapter, some in rows(sorted_rows, number, begins, named, active):
+        y[some] += u[0][some].to(y.dtype) @ b[0][adapter, 0].t()
+""",
+    "sglang/kernels/ops/lora/dense/chunked_sgmv_shrink.py": """
+import torch
+from sglang.srt.lora.utils import LoRABatchInfo
+from sglang.srt.utils import cached_triton_kernel, get_device_name
+
+def segments(batch):
+    for at in range(batch.num_segments):
+        some = batch.permutation[batch.seg_indptr[at] : batch.seg_indptr[at + 1]].long()
+        assert 0 < len(some) <= batch.max_len
+        yield batch.weight_indices[at], some
+
+def chunked_sgmv_lora_shrink_forward(x, a, batch, num_slices):
+    u = torch.full((len(x), a.shape[1]), float("nan"), dtype=x.dtype)
+    for adapter, some in segments(batch):
+        u[some] = x[some] @ a[adapter, : batch.lora_ranks[adapter]].t()
+    return u
+""",
+    "sglang/kernels/ops/lora/dense/chunked_sgmv_expand.py": """
+from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import segments
+
+def chunked_sgmv_lora_expand_forward(u, b, batch, ends, size, y, ends_cpu):
+    assert ends.tolist() == ends_cpu.tolist() == [0, y.shape[1]] and size == y.shape[1]
+    for adapter, some in segments(batch):
+        y[some] += batch.scalings[adapter] * u[some] @ b[adapter].t()
+    return y
+""",
+    "punica/__init__.py": "",
+    "punica/ops.py": """
+def add_lora_bgmv(y, x, a, b, ids, layer, scale):
+    for row, adapter in enumerate(ids):
+        y[row] += scale * b[adapter, layer] @ (a[adapter, layer] @ x[row])
+""",
+}
+
+
+@pytest.mark.parametrize("rows", ["zipf", "identical", "distinct"])
+def test_serving_kernels_are_called_as_they_are_described(tmp_path, monkeypatch, rows):
+    """Doubles that compute from what they are handed alone, and with no other file of their packages there."""
+    import torch
+
+    from benchmarks import lora, multi, serving
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for path, text in SERVERS.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    E, M, R, K, N = 5, 40, 3, 12, 8
+    draw = lambda *shape: torch.randint(-3, 4, shape).float()  # noqa: E731  whole numbers: every order of adding gives the same
+    x, W, A, B, ids = draw(M, K), draw(N, K), draw(E, R, K), draw(E, N, R), multi.adapter_ids(rows, M, E)
+    base = torch.nn.functional.linear(x, W)
+    for name in serving.MAKERS:
+        assert callable(maker := serving.load(name, str(tmp_path))), maker
+        assert torch.equal(maker(A, B, ids, lora.SCALING)(base.clone(), x), multi.loop(x, W, A, B, ids)), name
+    for module in [name for name in sys.modules if name.split(".")[0] in ("vllm", "sglang", "punica")]:
+        del sys.modules[module]
+    assert serving.load("vLLM", str(tmp_path / "nowhere")) == "there is no vllm in the folder of --peers"
+
+
 def test_the_account_knows_every_operator():
     from benchmarks import gpu
 

@@ -58,16 +58,18 @@ def multi_down(
                 A_rows = A + e.to(tl.int64) * stride_ae + r * stride_ar
             acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             begin = tl.program_id(2) * K_PART
+            if DROPOUT:
+                drawn, threshold = tl.load(seed), tl.load(thresholds + e)
             for k0 in range(begin, tl.minimum(begin + K_PART, K), BLOCK_K):
                 k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
                 in_k = k < K
                 x_tile = tl.load(x + row[:, None] * stride_xm + k[None, :] * stride_xk, mask=in_m[:, None] & in_k[None, :], other=0.0)
                 A_tile = tl.load(A_rows[None, :] + k[:, None] * stride_ak, mask=in_k[:, None] & in_r[None, :], other=0.0)
                 if DROPOUT:
-                    x_tile = dropped(x_tile, tl.load(seed), tl.load(thresholds + e), row, k0, BLOCK_M, BLOCK_K)
+                    x_tile = dropped(x_tile, drawn, threshold, row, k0, BLOCK_M, BLOCK_K)
                 acc = dot_terms(x_tile, A_tile, acc, MODE, A.dtype.element_ty, X_TERMS, 3)
             if DROPOUT:
-                acc *= kept_scale(tl.load(thresholds + e))
+                acc *= kept_scale(threshold)
             if SCALED:
                 acc *= tl.load(scaling + e)
             tl.store(u + tl.program_id(2) * stride_us + place[:, None] * stride_um + (part * R + r)[None, :], acc, mask=in_m[:, None] & in_r[None, :])
