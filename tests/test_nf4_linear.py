@@ -70,6 +70,19 @@ def test_every_switch_is_among_those_rows():
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
+@pytest.mark.parametrize("N, K, blocksize", [(19, 4160, 64), (3, 12352, 256), (5, 4112, 32)])
+def test_long_rows_on_the_processor(base, N, K, blocksize):
+    """Rows of W that its kernels cut into pieces, the last of them not whole, for a row of x alone, a group, and more."""
+    if why := backends.why_not("cpu", "cpu", base):
+        pytest.skip(why)
+    with backends.use_backend("cpu"):
+        for M in (1, 4, 7):
+            hold(make_case(M, K, N, 3, base, F32, bias=True, lora_bias=True), blocksize, label="long ")
+        weight, x = quantize_nf4(torch.randn(N, K), blocksize), torch.randn(7, K).to(base)
+        assert torch.equal(nf4_linear(x, weight), torch.cat([nf4_linear(row, weight) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("base", [F32, BF16])
 def test_a_weight_of_many_slabs(backend, device, base, monkeypatch):
     """More columns than a slab has: each element of y and dx still is of one product."""
     module = backends.load(backend)

@@ -30,6 +30,8 @@ LK_INLINE float total(Vec sum) {
   return lanes[0];
 }
 
+LK_INLINE float bias_of(const NF4Linear& p, int64_t n) { return p.bias.data ? load_scalar(p.bias.data, p.bias.dtype, n * p.bias.col_stride) : 0.0f; }
+
 // out[r] = the dot product of row n of W with rows m..m+ROWS of x
 template <int ROWS>
 static void dot(const Call& call, const Decoder& decoder, int64_t n, int64_t m, float* out) {
@@ -134,6 +136,132 @@ static void dot_pairs(const Call& call, const Pairs& pairs, int64_t n, int64_t m
   }
   for (int r = 0; r < ROWS; ++r) out[r] = total(sum[r]);
 }
+
+// The same where K is a multiple of RUN and RUN neighbours are of one block, for COLS rows of W at once, which share what is loaded of x.
+constexpr int64_t RUN = 64;
+constexpr int64_t FIRST_CACHE = 12 << 10;  // elements of x
+
+LK_INLINE bool in_runs(const NF4Weight& w) { return w.K % RUN == 0 && (int64_t{1} << w.block_shift) >= RUN; }
+LK_INLINE int64_t runs_ld(const NF4Weight& w) { return ceil_div(w.K, Pairs::STEP) * (Pairs::STEP / RUN); }
+
+static void scale_runs(const NF4Weight& w, int64_t n0, int64_t columns, float* scales) {
+  const int64_t ld = runs_ld(w), runs = w.K / RUN;
+  for (int64_t c = 0; c < columns; ++c, scales += ld) {
+    const int64_t first = (n0 + c) * w.K, blocks = (int64_t{1} << w.block_shift) / RUN;
+    for (int64_t i = 0; i < runs;) {
+      const int64_t block = (first + i * RUN) >> w.block_shift;
+      if (blocks > 1 || !w.nested) {
+        const float scale = scale_of(w, block);
+        for (const int64_t stop = smaller(runs, i + blocks - ((first / RUN + i) & (blocks - 1))); i < stop; ++i) scales[i] = scale;
+        continue;
+      }
+      const float offset = load_float(w.nested, 0), second = load_float(w.nested, 257 + (block >> w.nested_shift));
+      const uint8_t* bytes = w.absmax + block - i;
+      __builtin_prefetch(bytes + i + 1024);
+      for (const int64_t stop = smaller(runs, i + (int64_t{1} << w.nested_shift) - (block & ((int64_t{1} << w.nested_shift) - 1))); i < stop; ++i) {
+        const float product = load_float(w.nested, 1 + bytes[i]) * second;
+        scales[i] = product + offset;
+      }
+    }
+    for (int64_t i = runs; i < ld; ++i) scales[i] = 0.0f;
+  }
+}
+
+// sums[r][c] += the products of columns k0 .. k1 of W's rows n.. and x's rows m.., in vectors; rows of sums are sums_ld apart.
+template <int ROWS, int COLS>
+static void dot_runs(const Call& call, const Pairs& pairs, int64_t n, int64_t m, int64_t k0, int64_t k1, const float* scales, float* sums, int64_t sums_ld) {
+  const NF4Weight& w = call.p->w;
+  const int64_t ld = runs_ld(w), row = w.K / 2;
+  const uint8_t* packed = w.packed + n * row;
+  const uint16_t* x = call.pairs + m * call.pairs_ld + k0;
+  scales += k0 / RUN;
+  Vec sum[ROWS][COLS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) sum[r][c] = load(sums + r * sums_ld + c * VL);
+  const auto step = [&](const __m512i* words) __attribute__((always_inline)) {
+    Vec part[ROWS][COLS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLS; ++c) part[r][c] = zero();
+    const auto meet = [&](const auto& shifted, int64_t j) __attribute__((always_inline)) {
+      __m512i codes[COLS];
+      for (int c = 0; c < COLS; ++c) codes[c] = _mm512_permutexvar_epi16(shifted(words[c]), pairs.codes);
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i values = _mm512_loadu_si512(x + r * call.pairs_ld + j * Pairs::WORDS);
+        for (int c = 0; c < COLS; ++c) part[r][c] = _mm512_dpbf16_ps(part[r][c], (__m512bh)codes[c], (__m512bh)values);
+      }
+    };
+    meet([](__m512i a) __attribute__((always_inline)) { return a; }, 0);
+    meet([](__m512i a) __attribute__((always_inline)) { return _mm512_srli_epi16(a, 4); }, 1);
+    meet([](__m512i a) __attribute__((always_inline)) { return _mm512_srli_epi16(a, 8); }, 2);
+    meet([](__m512i a) __attribute__((always_inline)) { return _mm512_srli_epi16(a, 12); }, 3);
+    for (int c = 0; c < COLS; ++c) {
+      const Vec both = _mm512_mask_blend_ps(0xff00, broadcast(scales[c * ld]), broadcast(scales[c * ld + 1]));
+      for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(both, part[r][c], sum[r][c]);
+    }
+    x += Pairs::STEP, scales += Pairs::STEP / RUN;
+  };
+  int64_t k = k0;
+  __m512i words[COLS];
+  // The first rows of x bring the next COLS rows of W in, one after the other, as memory likes it; the others find them.
+  const uint8_t *next = packed + COLS * row + k0 / 2, *stop = next + (k1 - k0) / 2;
+  for (; k + Pairs::STEP <= k1; k += Pairs::STEP) {
+    for (int c = 0; c < COLS; ++c) words[c] = _mm512_loadu_si512(packed + c * row + k / 2);
+    if (m == 0) {
+      for (int c = 0; c < COLS; ++c, next += Pairs::STEP / 2) __builtin_prefetch(next);
+      if (next >= stop) next += row - (k1 - k0) / 2, stop += row;
+    }
+    step(words);
+  }
+  if (k < k1) {  // half of it meets zeros of x, but may lie behind the weight
+    for (int c = 0; c < COLS; ++c) {
+      uint8_t bytes[64] = {};
+      memcpy(bytes, packed + c * row + k / 2, RUN / 2);
+      words[c] = _mm512_loadu_si512(bytes);
+    }
+    step(words);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) store(sums + r * sums_ld + c * VL, sum[r][c]);
+}
+
+template <int COLS>
+static void dot_runs_of(int64_t rows, const Call& call, const Pairs& pairs, int64_t n, int64_t m, int64_t k0, int64_t k1, const float* scales, float* sums) {
+  constexpr int64_t ld = COLUMNS * VL;
+  switch (rows) {
+    case 1: return dot_runs<1, COLS>(call, pairs, n, m, k0, k1, scales, sums, ld);
+    case 2: return dot_runs<2, COLS>(call, pairs, n, m, k0, k1, scales, sums, ld);
+    case 3: return dot_runs<3, COLS>(call, pairs, n, m, k0, k1, scales, sums, ld);
+    default: return dot_runs<GROUP, COLS>(call, pairs, n, m, k0, k1, scales, sums, ld);
+  }
+}
+
+// A group of rows of x comes from the first cache for all columns of a task: K is cut into pieces that let it.
+static void run_tasks(int64_t begin, int64_t end, void* context) {
+  const Call& call = *static_cast<const Call*>(context);
+  const NF4Linear& p = *call.p;
+  const int64_t M = p.lowrank.M, K = p.w.K, pieces = ceil_div(K * smaller(M, GROUP), FIRST_CACHE), depth = round_up(ceil_div(K, pieces), Pairs::STEP);
+  const Pairs pairs;
+  Scratch scratch(WORKER, round_up(COLUMNS * runs_ld(p.w), 16) + M * COLUMNS * VL);
+  float *scales = scratch.next(COLUMNS * runs_ld(p.w)), *sums = scratch.next(M * COLUMNS * VL);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n0 = t * COLUMNS, columns = smaller(COLUMNS, p.w.N - n0);
+    scale_runs(p.w, n0, columns, scales);
+    memset(sums, 0, sizeof(float) * M * COLUMNS * VL);
+    for (int64_t k0 = 0; k0 < K; k0 += depth)
+      for (int64_t m = 0; m < M; m += GROUP) {
+        const int64_t rows = smaller(GROUP, M - m), k1 = smaller(K, k0 + depth);
+        int64_t c = 0;
+        const auto at = [&](int64_t c) { return sums + (m * COLUMNS + c) * VL; };
+        for (; c + 2 <= columns; c += 2) dot_runs_of<2>(rows, call, pairs, n0 + c, m, k0, k1, scales + c * runs_ld(p.w), at(c));
+        if (c < columns) dot_runs_of<1>(rows, call, pairs, n0 + c, m, k0, k1, scales + c * runs_ld(p.w), at(c));
+      }
+    for (int64_t m = 0; m < M; ++m) {
+      float out[COLUMNS];
+      for (int64_t c = 0; c < columns; ++c) out[c] = total(load(sums + (m * COLUMNS + c) * VL)) + bias_of(p, n0 + c);
+      store_row_any(p.lowrank.y, m, n0, columns, out, 1.0f);
+    }
+  }
+}
 #endif
 
 struct Lookup {
@@ -169,8 +297,7 @@ static void tasks(int64_t begin, int64_t end, void* context) {
           case 3: dot_any<3>(call, lookup, n0 + c, m, sums); break;
           default: dot_any<GROUP>(call, lookup, n0 + c, m, sums);
         }
-        const float bias = p.bias.data ? load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
-        for (int64_t r = 0; r < rows; ++r) out[r][c] = sums[r] + bias;
+        for (int64_t r = 0; r < rows; ++r) out[r][c] = sums[r] + bias_of(p, n0 + c);
       }
       for (int64_t r = 0; r < rows; ++r) store_row_any(p.lowrank.y, m + r, n0, columns, out[r], 1.0f);
     }
@@ -192,7 +319,7 @@ void nf4_linear(const NF4Linear& p) {
     uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch.at);
     for (int64_t m = 0; m < M; ++m) lay_out(p.x, m, p.w.K, pairs + m * call.pairs_ld);
     call.pairs = pairs;
-    return parallel_for(ceil_div(p.w.N, COLUMNS), M * p.w.N * p.w.K, tasks, &call);
+    return parallel_for(ceil_div(p.w.N, COLUMNS), M * p.w.N * p.w.K, in_runs(p.w) ? run_tasks : tasks, &call);
   }
 #endif
   const bool as_it_is = p.x.dtype == DType::f32 && p.x.col_stride == 1;
