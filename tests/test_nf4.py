@@ -79,6 +79,19 @@ def test_a_block_of_zeros(backend, device):
         assert (codes_of(weight) == 7).all() and (weight.dequantize() == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_scales_down_to_the_smallest_numbers(backend, device, dtype):
+    """Instructions that take subnormal numbers for zero must not meet them; signs and rounding at the edge stay, too."""
+    scales = torch.tensor([1e-45, 1e-40, 1.17e-38, 1.2e-38, 1e-37, 7e-37, 8e-37, 1e-30, 6e-8, 3e38])
+    row = torch.arange(64).flip(0).float() / 32 - 63 / 64
+    with backends.use_backend("reference"):
+        weight = quantize_nf4((row / row.abs().max()).expand(len(scales), 64), 64, False)
+    weight = nf4.NF4Tensor(weight.packed, nf4.bytes_of(scales), None, weight.quant_state, weight.format, weight.dtype).to(device)
+    exact = nf4.codebook()[codes_of(weight).cpu().long()] * scales[:, None]
+    got = weight.dequantize(dtype).cpu()
+    assert torch.equal(got, exact.to(dtype)) and torch.equal(got.signbit(), exact.to(dtype).signbit())
+
+
 SHAPES = [(1, 64), (48, 96), (5, 128), (3, 160), (2, 3420), (64, 33), (3, 7), (1, 1)]
 
 

@@ -67,15 +67,38 @@ static inline simde__m512 dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512
   return sum;
 }
 
+// Two vectors to bfloat16, to nearest even, `low` below; what is subnormal is zero.
+static inline simde__m512i cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
+  uint32_t in[32];
+  uint16_t out[32];
+  memcpy(in, &low, 64), memcpy(in + 16, &high, 64);
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t magnitude = in[i] & 0x7fffffffu;
+    if (magnitude > 0x7f800000u)
+      out[i] = static_cast<uint16_t>((in[i] >> 16) | 0x40u);
+    else if (magnitude < 0x00800000u)
+      out[i] = static_cast<uint16_t>((in[i] >> 16) & 0x8000u);
+    else
+      out[i] = static_cast<uint16_t>((in[i] + 0x7fffu + ((in[i] >> 16) & 1u)) >> 16);
+  }
+  simde__m512i both;
+  memcpy(&both, out, sizeof both);
+  return both;
+}
+
 }  // namespace lk::emulation
 
 #undef _mm512_cvtepi16_epi32
+#undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtne2ps_pbh
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_cvtepi64_epi8
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_dpbf16_ps
+#define _mm512_cvtepu8_epi32(a) lk::emulation::converted<int32_t, uint8_t, simde__m512i>(a, 16)
+#define _mm512_cvtne2ps_pbh(high, low) lk::emulation::cvtne2ps_pbh(high, low)
 #define _mm512_cvtepi16_epi32(a) lk::emulation::converted<int32_t, int16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepu16_epi32(a) lk::emulation::converted<int32_t, uint16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepi32_epi16(a) lk::emulation::converted<int16_t, int32_t, simde__m256i>(a, 16)
