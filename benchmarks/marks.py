@@ -34,7 +34,8 @@ def _lora_gpu(row, isa):
 
 
 def _nf4_cpu(row, isa):
-    case, bnb = row.case, "bitsandbytes" if "bitsandbytes" in row.others else None
+    case = row.case
+    bnb = min((name for name in row.others if name.startswith("bitsandbytes")), key=row.median, default=None)
     if case.mode == "quantize" and case.K == case.N == 4096 and bnb:
         yield "bitsandbytes / time", row.ratio(bnb, row.best), 15, True
     if case.mode == "decode" and (case.K, case.N, case.M) == (4096, 14336, 1) and case.dtype == "bfloat16" and isa == "avx512bf16":

@@ -49,6 +49,22 @@ def bnb_weight(bnb, weight):
     return weight.packed.view(-1, 1), bnb.functional.QuantState.from_dict(pieces, device=weight.device)
 
 
+REPACKED = "bitsandbytes, repacked"  # its layer in eval mode, after its first forward
+
+
+def repacking_lacks(bnb, case):
+    if not bnb.functional.has_avx512bf16():
+        return "its fused kernel needs AVX-512-BF16"
+    if case.base != torch.bfloat16:
+        return "its fused kernel computes in bfloat16"
+    return f"its fused kernel needs N of whole 32, not {case.N}" if case.N % 32 else None
+
+
+def repacked(bnb, weight):
+    packed, state = bnb_weight(bnb, weight)
+    return bnb.functional._convert_weight_packed_for_cpu(packed.clone(), state)
+
+
 def build(case, options):
     """The row's Work: x (M, K), dy (M, N), and as many weights (N, K), dense and in NF4, as the cache asks for."""
     if case.mode == "quantize":
@@ -89,6 +105,11 @@ def build(case, options):
         bnb = peers.module("bitsandbytes")
         states = [bnb_weight(bnb, w) for w in packed]
         found.append(contender("bitsandbytes", lambda x, w: with_adapter(bnb.matmul_4bit(x, w[0].t(), quant_state=w[1]), x, A, B), states))
+        if device == "cpu" and not trains:
+            if reason := repacking_lacks(bnb, case):
+                skipped[REPACKED] = reason
+            else:
+                found.append(contender(REPACKED, lambda x, w: bnb.matmul_4bit(x, w[0], quant_state=w[1]), [repacked(bnb, w) for w in packed]))
         if A is not None:
             if reason := peers.why_not("peft"):
                 skipped["PEFT + bitsandbytes"] = reason

@@ -38,7 +38,8 @@ class Options:
 
     def __post_init__(self):
         if self.dtypes is None:
-            self.dtypes = [("float32", "float32")] if self.device == "cpu" else [("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+            paired = self.device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # else a product in bfloat16 takes seconds
+            self.dtypes = [("bfloat16", "float32")] * paired + [("float32", "float32")] if self.device == "cpu" else [("bfloat16", "bfloat16"), ("bfloat16", "float32")]
         if self.threads is None:
             most = torch.get_num_threads()
             self.threads = [0] if self.device == "cuda" else [most] if self.quick else sorted({1, most}, reverse=True)

@@ -64,7 +64,7 @@ def _describe(kind, packed, device, dtype, adapter_dtype, dropout_p, merged, lay
     if packed and tokens is not None:
         for layer in {(layer.out_features, layer.in_features): layer for layer in layers}.values():
             N, K = layer.out_features, layer.in_features
-            forms = [nf4_path(tokens, N, K, dtype, _architecture(device), turned) for turned in (False, True)]
+            forms = [nf4_path(tokens, N, K, dtype, _architecture(device, dtype), turned) for turned in (False, True)]
             lines.append(f"  {tokens} rows by {K}->{N}: forward {forms[0]}, dx {forms[1]} (where the backend has that form)")
     if device == "cpu":
         reason = backends.why_not("cpu", "cpu", dtype)
@@ -72,8 +72,10 @@ def _describe(kind, packed, device, dtype, adapter_dtype, dropout_p, merged, lay
     return "\n".join(lines)
 
 
-def _architecture(device):
-    return backends.load("triton").architecture(torch.empty(0, device=device)) if device == "cuda" else "cpu"
+def _architecture(device, dtype):
+    if device == "cuda":
+        return backends.load("triton").architecture(torch.empty(0, device=device))
+    return "portable" if backends.why_not("cpu", "cpu", dtype) else backends.load("cpu").module().isa()
 
 
 def _name(dtype):

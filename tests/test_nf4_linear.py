@@ -57,16 +57,16 @@ def test_shapes_and_dtypes(backend, device, base, adapter, N, K):
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 15, 16, 17, 33, 127, 128, 129, 600])
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 15, 16, 17, 24, 25, 33, 127, 128, 129, 600])
 def test_rows_across_every_switch_of_kernel(backend, device, base, M):
-    size = (96, 80) if M < 100 else (33, 24)  # the interpreter runs every program
+    size = (128, 80) if M < 100 else (33, 24)  # the interpreter runs every program
     hold(make_case(M, *size, 4, base, F32, device=device, bias=True))
 
 
 def test_every_switch_is_among_those_rows():
     from lorakernels.backends import nf4_path
 
-    assert nf4_path.FEW_ROWS == 16 and nf4_path.FUSED_ROWS == 128
+    assert (nf4_path.FEW_ROWS, nf4_path.PAIRED_ROWS, nf4_path.FUSED_ROWS) == (16, 24, 128)
 
 
 @pytest.mark.parametrize("base", [F32, BF16])

@@ -49,6 +49,8 @@ LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int6
 template <DType dtype, bool dropout>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
   float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(TURN * p.R);
+  if (p.v.col_stride == 1 && !p.v.col_index)
+    for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch(p.v, n, 0, p.R);
   pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines);
   for (int64_t c = 0; c < cols; ++c)
     bias[c] = c < valid && p.bias.data ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;

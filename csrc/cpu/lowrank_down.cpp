@@ -51,7 +51,7 @@ static void tasks(int64_t begin, int64_t end, void* context) {
         int64_t at = 0;
         for (int i = 0; i < (dropout ? p.parts : 1); ++i) {
           const Mask mask = {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold};
-          const View x = view(p.x, m0 + m, some, k0, columns, mask, block);
+          const View x = view(p.x, m0 + m, some, k0, columns, mask, block, m + 2 * GROUP <= rows);
           const int64_t width = dropout ? round_up(p.part[i].R, VL) : d.width;
           product({x.at, x.ld, 1, panel + at, d.width, columns, sums + m * d.width + at, d.width, k0 > 0}, some, width / VL);
           at += width;

@@ -18,16 +18,24 @@ struct Call {
   const NF4Linear* p;
   const float* x;  // (M, x_ld), float32
   int64_t x_ld;
-  const uint16_t* pairs = nullptr;  // where x is bfloat16 and stays so: (M, pairs_ld), in the order of Pairs
+  const uint16_t* pairs = nullptr;  // where x is bfloat16 and stays so: in the order of Pairs, pairs_ld for each row
   int64_t pairs_ld = 0;
 };
 
+// The sum of a vector's lanes: the upper half onto the lower, and again.
 LK_INLINE float total(Vec sum) {
-  float lanes[VL];
-  store(lanes, sum);
-  for (int width = VL / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+#ifdef LK_ISA_AVX512
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1)));
+#else
+  const __m256 eight = sum;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  return (sum.lane[0] + sum.lane[2]) + (sum.lane[1] + sum.lane[3]);
+#endif
 }
 
 LK_INLINE float bias_of(const NF4Linear& p, int64_t n) { return p.bias.data ? load_scalar(p.bias.data, p.bias.dtype, n * p.bias.col_stride) : 0.0f; }
@@ -75,7 +83,8 @@ static void dot(const Call& call, const Decoder& decoder, int64_t n, int64_t m, 
 #ifdef LK_ISA_AVX512BF16
 // The same with x and the codes in bfloat16, two products an instruction. Of 128 codes, 64 bytes, the ones that lie in the same
 // place of their 16 bits are looked up at once, by an index of which only the low bits count: the shifted words themselves. So
-// x is laid out once in the order that the codes come in: vector j has elements 4 w + (j ^ 1), w = 0..31, of each 128.
+// x is laid out once in the order that the codes come in: vector j has elements 4 w + (j ^ 1), w = 0..31, of each 128; those of a
+// group's rows lie behind each other, for rows that lie a power of two apart would drive each other out of the first cache.
 struct Pairs {
   static constexpr int64_t STEP = 128, VECTORS = 4, WORDS = 32;
   __m512i codes;
@@ -86,14 +95,16 @@ struct Pairs {
   }
 };
 
-static void lay_out(const Matrix& x, int64_t m, int64_t K, uint16_t* out) {
-  const uint16_t* row = static_cast<const uint16_t*>(x.data) + m * x.row_stride;
+static void lay_out(const Matrix& x, int64_t m, int64_t rows, int64_t K, uint16_t* out) {
   for (int64_t k0 = 0; k0 < K; k0 += Pairs::STEP)
-    for (int64_t j = 0; j < Pairs::VECTORS; ++j)
-      for (int64_t w = 0; w < Pairs::WORDS; ++w, ++out) {
-        const int64_t k = k0 + 4 * w + (j ^ 1);
-        *out = k < K ? row[k * x.col_stride] : uint16_t{0};
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t* row = static_cast<const uint16_t*>(x.data) + (m + r) * x.row_stride;
+      for (int64_t j = 0; j < Pairs::VECTORS; ++j)
+        for (int64_t w = 0; w < Pairs::WORDS; ++w, ++out) {
+          const int64_t k = k0 + 4 * w + (j ^ 1);
+          *out = k < K ? row[k * x.col_stride] : uint16_t{0};
+        }
+    }
 }
 
 // K is a multiple of 8: eight neighbours, a float32 lane's share, are of one block.
@@ -104,7 +115,7 @@ static void dot_pairs(const Call& call, const Pairs& pairs, int64_t n, int64_t m
   Vec sum[ROWS];
   for (int r = 0; r < ROWS; ++r) sum[r] = zero();
   const uint16_t* x = call.pairs + m * call.pairs_ld;
-  for (int64_t at = first; at < end; at += Pairs::STEP, x += Pairs::STEP) {
+  for (int64_t at = first; at < end; at += Pairs::STEP, x += ROWS * Pairs::STEP) {
     const int64_t left = smaller(Pairs::STEP, end - at);
     uint8_t bytes[64];
     const uint8_t* packed = w.packed + (at >> 1);
@@ -126,7 +137,7 @@ static void dot_pairs(const Call& call, const Pairs& pairs, int64_t n, int64_t m
     const auto meet = [&](__m512i index, int64_t j) {
       const __m512i codes = _mm512_permutexvar_epi16(index, pairs.codes);
       for (int r = 0; r < ROWS; ++r)
-        part[r] = _mm512_dpbf16_ps(part[r], (__m512bh)codes, (__m512bh)_mm512_loadu_si512(x + r * call.pairs_ld + j * Pairs::WORDS));
+        part[r] = _mm512_dpbf16_ps(part[r], (__m512bh)codes, (__m512bh)_mm512_loadu_si512(x + r * Pairs::STEP + j * Pairs::WORDS));
     };
     meet(words, 0);
     meet(_mm512_srli_epi16(words, 4), 1);
@@ -145,25 +156,24 @@ LK_INLINE bool in_runs(const NF4Weight& w) { return w.K % RUN == 0 && (int64_t{1
 LK_INLINE int64_t runs_ld(const NF4Weight& w) { return ceil_div(w.K, Pairs::STEP) * (Pairs::STEP / RUN); }
 
 static void scale_runs(const NF4Weight& w, int64_t n0, int64_t columns, float* scales) {
-  const int64_t ld = runs_ld(w), runs = w.K / RUN;
+  const int64_t ld = runs_ld(w), runs = w.K / RUN, wide = (int64_t{1} << w.block_shift) / RUN;
   for (int64_t c = 0; c < columns; ++c, scales += ld) {
-    const int64_t first = (n0 + c) * w.K, blocks = (int64_t{1} << w.block_shift) / RUN;
-    for (int64_t i = 0; i < runs;) {
-      const int64_t block = (first + i * RUN) >> w.block_shift;
-      if (blocks > 1 || !w.nested) {
-        const float scale = scale_of(w, block);
-        for (const int64_t stop = smaller(runs, i + blocks - ((first / RUN + i) & (blocks - 1))); i < stop; ++i) scales[i] = scale;
-        continue;
-      }
-      const float offset = load_float(w.nested, 0), second = load_float(w.nested, 257 + (block >> w.nested_shift));
-      const uint8_t* bytes = w.absmax + block - i;
-      __builtin_prefetch(bytes + i + 1024);
-      for (const int64_t stop = smaller(runs, i + (int64_t{1} << w.nested_shift) - (block & ((int64_t{1} << w.nested_shift) - 1))); i < stop; ++i) {
-        const float product = load_float(w.nested, 1 + bytes[i]) * second;
-        scales[i] = product + offset;
+    const int64_t first = (n0 + c) * runs;
+    int64_t i = 0;
+    if (wide == 1 && w.nested) {  // the usual format: four at a time, for one is what a lookup takes
+      const float offset = load_float(w.nested, 0);
+      const auto at = [&](int64_t i) { return load_float(w.nested, 1 + w.absmax[first + i]); };
+      while (i + 4 <= runs) {
+        const int64_t stop = smaller(runs, ((((first + i) >> w.nested_shift) + 1) << w.nested_shift) - first);
+        const __m128 second = _mm_set1_ps(load_float(w.nested, 257 + ((first + i) >> w.nested_shift)));
+        if (i + 4 > stop) break;
+        __builtin_prefetch(w.absmax + first + i + COLUMNS * runs);
+        for (; i + 4 <= stop; i += 4)
+          _mm_storeu_ps(scales + i, _mm_add_ps(_mm_mul_ps(_mm_setr_ps(at(i), at(i + 1), at(i + 2), at(i + 3)), second), _mm_set1_ps(offset)));
       }
     }
-    for (int64_t i = runs; i < ld; ++i) scales[i] = 0.0f;
+    for (; i < runs; ++i) scales[i] = scale_of(w, (first + i) / wide);
+    for (; i < ld; ++i) scales[i] = 0.0f;
   }
 }
 
@@ -173,7 +183,7 @@ static void dot_runs(const Call& call, const Pairs& pairs, int64_t n, int64_t m,
   const NF4Weight& w = call.p->w;
   const int64_t ld = runs_ld(w), row = w.K / 2;
   const uint8_t* packed = w.packed + n * row;
-  const uint16_t* x = call.pairs + m * call.pairs_ld + k0;
+  const uint16_t* x = call.pairs + m * call.pairs_ld + k0 * ROWS;
   scales += k0 / RUN;
   Vec sum[ROWS][COLS];
   for (int r = 0; r < ROWS; ++r)
@@ -186,7 +196,7 @@ static void dot_runs(const Call& call, const Pairs& pairs, int64_t n, int64_t m,
       __m512i codes[COLS];
       for (int c = 0; c < COLS; ++c) codes[c] = _mm512_permutexvar_epi16(shifted(words[c]), pairs.codes);
       for (int r = 0; r < ROWS; ++r) {
-        const __m512i values = _mm512_loadu_si512(x + r * call.pairs_ld + j * Pairs::WORDS);
+        const __m512i values = _mm512_loadu_si512(x + r * Pairs::STEP + j * Pairs::WORDS);
         for (int c = 0; c < COLS; ++c) part[r][c] = _mm512_dpbf16_ps(part[r][c], (__m512bh)codes[c], (__m512bh)values);
       }
     };
@@ -198,7 +208,7 @@ static void dot_runs(const Call& call, const Pairs& pairs, int64_t n, int64_t m,
       const Vec both = _mm512_mask_blend_ps(0xff00, broadcast(scales[c * ld]), broadcast(scales[c * ld + 1]));
       for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(both, part[r][c], sum[r][c]);
     }
-    x += Pairs::STEP, scales += Pairs::STEP / RUN;
+    x += ROWS * Pairs::STEP, scales += Pairs::STEP / RUN;
   };
   int64_t k = k0;
   __m512i words[COLS];
@@ -317,7 +327,7 @@ void nf4_linear(const NF4Linear& p) {
     call.pairs_ld = round_up(p.w.K, Pairs::STEP);
     Scratch scratch(CALLER, ceil_div(M * call.pairs_ld, 2));
     uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch.at);
-    for (int64_t m = 0; m < M; ++m) lay_out(p.x, m, p.w.K, pairs + m * call.pairs_ld);
+    for (int64_t m = 0; m < M; m += GROUP) lay_out(p.x, m, smaller(GROUP, M - m), p.w.K, pairs + m * call.pairs_ld);
     call.pairs = pairs;
     return parallel_for(ceil_div(p.w.N, COLUMNS), M * p.w.N * p.w.K, in_runs(p.w) ? run_tasks : tasks, &call);
   }

@@ -150,10 +150,10 @@ static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t 
 }
 
 // The same without the zeros behind the last column, and without a copy where memory holds just that.
-static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out) {
+static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, bool ahead = false) {
   if (m.dtype == DType::f32 && m.col_stride == 1 && !mask.seed && !m.index)
     return {static_cast<const float*>(m.data) + m0 * m.row_stride + c0, m.row_stride};
-  return copy(m, m0, rows, c0, columns, mask, out);
+  return copy(m, m0, rows, c0, columns, mask, out, ahead);
 }
 
 // panel[d * ld + c] = m[row0 + d, column0 + c] for c < columns, zero up to width

@@ -88,7 +88,7 @@ def nf4_linear_lowrank(
     """linear_lowrank with W in NF4: few rows meet the packed codes in C++; many a slab at a time, decoded in C++ and
     multiplied by torch (oneDNN); then the low-rank term in place, in C++."""
     weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
-    if nf4_path(x.shape[0], N, K, x.dtype, "cpu", turned) == FEW:
+    if nf4_path(x.shape[0], N, K, x.dtype, module().isa(), turned) == FEW:
         y = x.new_empty(x.shape[0], N)
         lowrank = native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p)
         module().nf4_linear(weight, native.matrix(x), native.vector(bias), *lowrank)
