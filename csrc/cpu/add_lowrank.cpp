@@ -5,8 +5,8 @@
 // accumulators stay in registers while y is read and written once. A sum runs over r = 0..R-1 in that order whatever
 // the blocking, so the bits do not depend on the number of threads or on a row's place.
 #include "kernels.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "tile.h"
 
 namespace lk::cpu {
 namespace {
@@ -18,15 +18,14 @@ constexpr int64_t COLUMNS_MAX = 10 * 48;       // a multiple of every TILE (12, 
 constexpr int64_t KEEP_LD = COLUMNS_MAX + DRAW;
 constexpr int64_t BLOCK_ROWS = 128;            // enough rows to pay for the packing
 
-template <DType dtype, int rows, bool dropout>
-LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int64_t cols, int64_t valid,
+template <DType dtype, int rows, bool dropout, bool PAIRS>
+LK_INLINE void tile(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t c0, int64_t cols, int64_t valid,
                     const float* panel, const float* bias, const int16_t* keep) {
   using E = Element<dtype>;
   Vec sum[rows][VECS];
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < VECS; ++j) sum[i][j] = zero();
-  const float* u = static_cast<const float*>(p.u.data) + m * p.u.row_stride;
-  accumulate<rows, VECS>(u, p.u.row_stride, 1, panel + c0, cols, p.R, sum);
+  accumulate<rows, VECS, PAIRS>(u.at, u.ld, 1, panel + c0, cols, PAIRS ? ceil_div(p.R, 2) : p.R, sum);
   const Vec scaling = broadcast(dropout ? p.scaling * p.dropout.scale : p.scaling);
   for (int i = 0; i < rows; ++i) {
     typename E::type* y = static_cast<typename E::type*>(p.y.data) + place(p.y, m + i) * p.y.row_stride + n0 + c0;
@@ -46,12 +45,18 @@ LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int6
   }
 }
 
-template <DType dtype, bool dropout>
+static int64_t pairs_ld(const AddLowrank& p) { return round_up(p.R, PAD) / 2; }
+static int64_t lines_of(const AddLowrank& p, int64_t cols) { return larger(TURN * p.R, cols); }
+
+template <DType dtype, bool dropout, bool PAIRS>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
-  float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(TURN * p.R);
+  float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(lines_of(p, cols)), *pairs = scratch.next(ROWS * pairs_ld(p));
   if (p.v.col_stride == 1 && !p.v.col_index)
     for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch(p.v, n, 0, p.R);
-  pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines);
+  if (PAIRS)
+    pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
+  else
+    pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines);
   for (int64_t c = 0; c < cols; ++c)
     bias[c] = c < valid && p.bias.data ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
   int16_t keep[ROWS * KEEP_LD];
@@ -59,14 +64,21 @@ static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_
     for (int i = 0; i < rows; ++i)
       keep_row(static_cast<uint64_t>(*p.dropout.seed), p.dropout.threshold, place(p.y, m + i), n0, valid, keep + i * KEEP_LD);
   };
+  const auto rows_of_u = [&](int64_t m, int64_t rows) -> View {
+    if (PAIRS) return view_bf16(p.u, m, rows, 0, p.R, {}, pairs, pairs_ld(p));
+    return {static_cast<const float*>(p.u.data) + m * p.u.row_stride, p.u.row_stride};
+  };
   int64_t m = m0;
   for (; m + ROWS <= m1; m += ROWS) {
     if (dropout) draw_rows(m, ROWS);
-    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, ROWS, dropout>(p, m, n0, c, cols, valid, panel, bias, keep);
+    for (int64_t i = m + ROWS; i < smaller(m + 2 * ROWS, m1); ++i) prefetch(p.y, i, n0, valid);
+    const View u = rows_of_u(m, ROWS);
+    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, ROWS, dropout, PAIRS>(p, u, m, n0, c, cols, valid, panel, bias, keep);
   }
   for (; m < m1; ++m) {
     if (dropout) draw_rows(m, 1);
-    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, 1, dropout>(p, m, n0, c, cols, valid, panel, bias, keep);
+    const View u = rows_of_u(m, 1);
+    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, 1, dropout, PAIRS>(p, u, m, n0, c, cols, valid, panel, bias, keep);
   }
 }
 
@@ -75,21 +87,21 @@ struct Grid {
   int64_t block_cols, column_blocks;
 };
 
-template <DType dtype, bool dropout>
+template <DType dtype, bool dropout, bool PAIRS>
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Grid& grid = *static_cast<const Grid*>(context);
   const AddLowrank& p = *grid.p;
-  Scratch scratch(WORKER, (p.R + 1) * grid.block_cols + TURN * p.R + 48);
+  Scratch scratch(WORKER, (p.R + 1) * grid.block_cols + lines_of(p, grid.block_cols) + ROWS * pairs_ld(p) + 64);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t m0 = t / grid.column_blocks * BLOCK_ROWS, n0 = t % grid.column_blocks * grid.block_cols;
     const int64_t valid = smaller(grid.block_cols, p.N - n0);
-    task<dtype, dropout>(p, m0, smaller(m0 + BLOCK_ROWS, p.M), n0, valid, ceil_div(valid, TILE) * TILE, scratch);
+    task<dtype, dropout, PAIRS>(p, m0, smaller(m0 + BLOCK_ROWS, p.M), n0, valid, ceil_div(valid, TILE) * TILE, scratch);
   }
 }
 
-template <DType dtype>
+template <DType dtype, bool PAIRS = false>
 static void run(Grid grid, int64_t count) {
-  parallel_for(count, grid.p->M * grid.p->N * (grid.p->R + 4), grid.p->dropout.threshold ? tasks<dtype, true> : tasks<dtype, false>, &grid);
+  parallel_for(count, grid.p->M * grid.p->N * (grid.p->R + 4), grid.p->dropout.threshold ? tasks<dtype, true, PAIRS> : tasks<dtype, false, PAIRS>, &grid);
 }
 
 }  // namespace
@@ -104,7 +116,7 @@ void add_lowrank(const AddLowrank& p) {
   const int64_t count = ceil_div(p.M, BLOCK_ROWS) * grid.column_blocks;
   switch (p.y.dtype) {
     case DType::f32: return run<DType::f32>(grid, count);
-    case DType::bf16: return run<DType::bf16>(grid, count);
+    case DType::bf16: return paired(p.y, p.v) ? run<DType::bf16, HAS_DOT>(grid, count) : run<DType::bf16>(grid, count);
     case DType::f16: return run<DType::f16>(grid, count);
   }
 }

@@ -5,8 +5,8 @@
 // du is summed stripe by stripe; the stripes' parts are added in their order. How the work is cut depends on the shape
 // alone, never on the number of threads.
 #include "kernels.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "tile.h"
 
 namespace lk::cpu {
 namespace {
@@ -30,46 +30,70 @@ struct Grad {
   const LowrankGrad* p;
   Split stripes;
   int64_t width;        // the rank, rounded up to whole vectors
+  bool pairs;
   float* parts;         // (stripes, slab, width) of du
-  float* dB;            // (N, width)
+  float* dB;            // of each block of columns: (columns, width), or turned where pairs
+  int64_t dB_floats;    // of a block
   int64_t slab, m0, m1;  // rows in hand
 };
 
 // -- du and dB ---------------------------------------------------------------------------------------------------------
 
-static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, float* lines) {
+template <bool PAIRS>
+static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, float* lines, float* turn) {
   const LowrankGrad& p = *g.p;
   const int64_t begin = t * g.stripes.width, end = smaller(begin + g.stripes.width, p.N);
   for (int64_t n0 = begin; n0 < end; n0 += BLOCK) {
     const int64_t columns = smaller(BLOCK, end - n0);
-    if (p.B.col_index)
-      pack_turned({p.B.data, p.B.col_stride, p.B.row_stride, p.B.dtype, p.B.col_index}, 0, p.R, n0, columns, g.width, g.width, panel, block);
+    float* dB = g.dB + (t * ceil_div(g.stripes.width, BLOCK) + (n0 - begin) / BLOCK) * g.dB_floats;
+    if (PAIRS && p.B.data)
+      pack_words(p.B, n0, columns, 0, p.R, g.width, g.width, reinterpret_cast<uint64_t*>(panel), turn);
+    else if (p.B.col_index)
+      pack_turned({p.B.data, p.B.col_stride, p.B.row_stride, p.B.dtype, p.B.col_index}, 0, p.R, n0, columns, g.width, g.width, panel, turn);
     else if (p.B.data)
       pack_rows(p.B, n0, columns, 0, p.R, g.width, g.width, panel);
     for (int64_t m = g.m0; m < g.m1; m += ROWS) {
       const int64_t rows = smaller(ROWS, g.m1 - m);
-      const View dy = p.u.data ? copy(p.dy, m, rows, n0, columns, {}, block, m + 2 * ROWS <= g.m1) : view(p.dy, m, rows, n0, columns, {}, block);
+      const bool ahead = m + 2 * ROWS <= g.m1;
+      float* du = g.parts + (t * g.slab + m - g.m0) * g.width;
+      if (PAIRS) {
+        const View dy = view_bf16(p.dy, m, rows, n0, columns, {}, block, BLOCK_LD, ahead);
+        if (p.B.data) along({dy, reinterpret_cast<const uint64_t*>(panel), g.width, columns, du, g.width, n0 > begin}, rows, g.width);
+        if (p.u.data) {
+          pack_words(p.u, m, rows, 0, p.R, p.R, p.R, reinterpret_cast<uint32_t*>(lines), turn);
+          across({reinterpret_cast<const uint32_t*>(lines), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns);
+        }
+        continue;
+      }
+      const View dy = p.u.data ? copy(p.dy, m, rows, n0, columns, {}, block, ahead) : view(p.dy, m, rows, n0, columns, {}, block);
       if (p.B.data)
-        product({dy.at, dy.ld, 1, panel, g.width, columns, g.parts + (t * g.slab + m - g.m0) * g.width, g.width, n0 > begin}, rows, g.width / VL);
+        product({dy.at, dy.ld, 1, panel, g.width, columns, du, g.width, n0 > begin}, rows, g.width / VL);
       if (p.u.data) {
         View u = {static_cast<const float*>(p.u.data) + m * p.u.row_stride, p.u.row_stride};
         if (p.R != g.width) {
           pack_rows(p.u, m, rows, 0, p.R, g.width, g.width, lines);
           u = {lines, g.width};
         }
-        product({dy.at, 1, dy.ld, u.at, u.ld, rows, g.dB + n0 * g.width, g.width, m > 0}, columns, g.width / VL);
+        product({dy.at, 1, dy.ld, u.at, u.ld, rows, dB, g.width, m > 0}, columns, g.width / VL);
       }
     }
-    if (p.u.data && g.m1 == p.M)
-      for (int64_t n = n0; n < n0 + columns; ++n) store_row_any(p.dB, n, 0, p.R, g.dB + n * g.width, p.scaling);
+    if (p.u.data && g.m1 == p.M) {
+      if (PAIRS) {
+        pack_turned({dB, BLOCK_LD, 1, DType::f32}, 0, p.R, 0, columns, g.width, g.width, panel, turn);
+        dB = panel;
+      }
+      for (int64_t i = 0; i < columns; ++i) store_row_any(p.dB, n0 + i, 0, p.R, dB + i * g.width, p.scaling);
+    }
   }
 }
 
+template <bool PAIRS>
 static void up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
-  Scratch scratch(WORKER, BLOCK * g.width + ROWS * BLOCK_LD + ROWS * g.width + 48);
-  float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS * BLOCK_LD), *lines = scratch.next(ROWS * g.width);
-  for (int64_t t = begin; t < end; ++t) up_stripe(g, t, panel, block, lines);
+  const int64_t turn_floats = larger(TURN * BLOCK, g.width);
+  Scratch scratch(WORKER, BLOCK * g.width + ROWS * BLOCK_LD + ROWS * g.width + turn_floats + 64);
+  float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS * BLOCK_LD), *lines = scratch.next(ROWS * g.width), *turn = scratch.next(turn_floats);
+  for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);
 }
 
 constexpr int64_t SUM_ROWS = 64;
@@ -88,36 +112,46 @@ static void sum_parts(int64_t begin, int64_t end, void* context) {
 }
 
 static void up(const LowrankGrad& p) {
-  Grad g = {&p, split(p.N), round_up(p.R, VL), nullptr, nullptr, 0, 0, 0};
+  Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, p.B.data ? p.B : p.dB), nullptr, nullptr, 0, 0, 0, 0};
+  g.dB_floats = BLOCK_LD * g.width;
   g.slab = smaller(p.M, larger(ROWS, PART_FLOATS / (g.stripes.count * g.width) / ROWS * ROWS));
-  const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? p.N * g.width : 0;
+  const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? g.stripes.count * ceil_div(g.stripes.width, BLOCK) * g.dB_floats : 0;
   Scratch scratch(CALLER, parts + dB + 16);
   g.parts = scratch.next(parts), g.dB = scratch.next(dB);
   for (g.m0 = 0; g.m0 < p.M; g.m0 = g.m1) {
     g.m1 = smaller(g.m0 + g.slab, p.M);
-    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, up_tasks, &g);
+    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, g.pairs ? up_tasks<HAS_DOT> : up_tasks<false>, &g);
     if (p.B.data) parallel_for(ceil_div(g.m1 - g.m0, SUM_ROWS), (g.m1 - g.m0) * g.stripes.count * g.width, sum_parts, &g);
   }
 }
 
 // -- dA ----------------------------------------------------------------------------------------------------------------
 
+template <bool PAIRS>
 static void down_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
   const LowrankGrad& p = *g.p;
   const bool dropout = p.dropout.threshold;
   const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
-  Scratch scratch(WORKER, ROWS * BLOCK_LD + 16 + p.R * BLOCK_LD);
-  float *block = scratch.next(ROWS * BLOCK_LD), *sums = scratch.next(p.R * BLOCK_LD);
+  const int64_t turn_floats = larger(BLOCK, p.R);
+  Scratch scratch(WORKER, ROWS * BLOCK_LD + p.R * BLOCK_LD + ROWS * p.R + turn_floats + 64);
+  float *block = scratch.next(ROWS * BLOCK_LD), *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(ROWS * p.R), *turn = scratch.next(turn_floats);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t end_k = smaller((t + 1) * g.stripes.width, p.K);
     for (int64_t k0 = t * g.stripes.width; k0 < end_k; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, end_k - k0);
       for (int64_t m = 0; m < p.M; m += ROWS) {
         const int64_t rows = smaller(ROWS, p.M - m);
-        const View x = copy(p.x, m, rows, k0, columns, mask, block, m + 2 * ROWS <= p.M);
-        const float* du = static_cast<const float*>(p.du.data) + m * p.du.row_stride;
-        product({du, 1, p.du.row_stride, x.at, x.ld, rows, sums, BLOCK_LD, m > 0}, p.R, ceil_div(columns, VL));
+        const bool ahead = m + 2 * ROWS <= p.M;
+        if (PAIRS) {
+          const View x = view_bf16(p.x, m, rows, k0, columns, mask, block, BLOCK_LD, ahead);
+          pack_words(p.du, m, rows, 0, p.R, p.R, p.R, reinterpret_cast<uint32_t*>(lines), turn);
+          across({reinterpret_cast<const uint32_t*>(lines), x, rows, sums, BLOCK_LD, m > 0}, p.R, columns);
+        } else {
+          const View x = copy(p.x, m, rows, k0, columns, mask, block, ahead);
+          const float* du = static_cast<const float*>(p.du.data) + m * p.du.row_stride;
+          product({du, 1, p.du.row_stride, x.at, x.ld, rows, sums, BLOCK_LD, m > 0}, p.R, ceil_div(columns, VL));
+        }
       }
       for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, sums + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);
     }
@@ -125,8 +159,8 @@ static void down_tasks(int64_t begin, int64_t end, void* context) {
 }
 
 static void down(const LowrankGrad& p) {
-  Grad g = {&p, split(p.K), 0, nullptr, nullptr, 0, 0, 0};
-  parallel_for(g.stripes.count, p.M * p.K * p.R, down_tasks, &g);
+  Grad g = {&p, split(p.K), 0, paired(p.x, p.B), nullptr, nullptr, 0, 0, 0, 0};
+  parallel_for(g.stripes.count, p.M * p.K * p.R, g.pairs ? down_tasks<HAS_DOT> : down_tasks<false>, &g);
 }
 
 }  // namespace

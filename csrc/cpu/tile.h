@@ -15,8 +15,9 @@ LK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// sum[i][j] += sum over d of p[i * p_row + d * p_step] * panel[d * ld + j * VL ...]
-template <int ROWS, int VECS>
+// sum[i][j] += sum over d of p[i * p_row + d * p_step] * panel[d * ld + j * VL ...]; with PAIRS, p and the panel hold two
+// bfloat16 of the depth in the place of each float32 (pairs.h)
+template <int ROWS, int VECS, bool PAIRS = false>
 LK_INLINE void accumulate(const float* p, int64_t p_row, int64_t p_step, const float* panel, int64_t ld, int64_t depth,
                           Vec (&sum)[ROWS][VECS]) {
   const float* row[ROWS];
@@ -26,7 +27,7 @@ LK_INLINE void accumulate(const float* p, int64_t p_row, int64_t p_step, const f
     for (int j = 0; j < VECS; ++j) b[j] = load(panel + d * ld + j * VL);
     for (int i = 0; i < ROWS; ++i) {
       const Vec a = broadcast(row[i][d * p_step]);
-      for (int j = 0; j < VECS; ++j) sum[i][j] = fma(a, b[j], sum[i][j]);
+      for (int j = 0; j < VECS; ++j) sum[i][j] = PAIRS ? dot(a, b[j], sum[i][j]) : fma(a, b[j], sum[i][j]);
     }
   }
 }

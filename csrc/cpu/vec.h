@@ -91,6 +91,12 @@ LK_INLINE Vec load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 LK_INLINE void store_bf16(uint16_t* p, Vec a) {
+#if defined(LK_ISA_AVX512BF16)
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(a, 0x20), 1)) {  // the instruction takes subnormal numbers for zero
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
+    return;
+  }
+#endif
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -155,6 +161,15 @@ LK_INLINE void store_bf16(uint16_t* p, Vec a) { for (int i = 0; i < VL; ++i) p[i
 LK_INLINE Vec load_f16(const uint16_t* p) { Vec a; for (int i = 0; i < VL; ++i) a.lane[i] = f16_to_float(p[i]); return a; }
 LK_INLINE void store_f16(uint16_t* p, Vec a) { for (int i = 0; i < VL; ++i) p[i] = float_to_f16(a.lane[i]); }
 
+#endif
+
+// c + a b, summed over the two bfloat16 of each 32-bit lane. Only where HAS_DOT.
+#if defined(LK_ISA_AVX512BF16)
+constexpr bool HAS_DOT = true;
+LK_INLINE Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b)); }
+#else
+constexpr bool HAS_DOT = false;
+LK_INLINE Vec dot(Vec, Vec, Vec c) { return c; }  // never called
 #endif
 
 // -- a dtype as a type: Element<DType::bf16>::load(p) ------------------------------------------------------------------

@@ -86,11 +86,35 @@ static inline simde__m512i cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
   return both;
 }
 
+static inline simde__m512i maskz_loadu_epi16(simde__mmask32 mask, const void* from) {
+  uint16_t out[32] = {};
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) memcpy(out + i, static_cast<const uint16_t*>(from) + i, sizeof *out);
+  simde__m512i all;
+  memcpy(&all, out, sizeof all);
+  return all;
+}
+
+// Which lanes are subnormal.
+static inline simde__mmask16 subnormal(simde__m512 a) {
+  uint32_t in[16];
+  memcpy(in, &a, sizeof in);
+  simde__mmask16 found = 0;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t magnitude = in[i] & 0x7fffffffu;
+    if (magnitude != 0 && magnitude < 0x00800000u) found |= static_cast<simde__mmask16>(1u << i);
+  }
+  return found;
+}
+
 }  // namespace lk::emulation
 
 #undef _mm512_cvtepi16_epi32
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtne2ps_pbh
+#undef _mm512_cvtneps_pbh
+#undef _mm512_fpclass_ps_mask
+#undef _mm512_maskz_loadu_epi16
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_cvtepi64_epi8
@@ -99,6 +123,9 @@ static inline simde__m512i cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
 #undef _mm512_dpbf16_ps
 #define _mm512_cvtepu8_epi32(a) lk::emulation::converted<int32_t, uint8_t, simde__m512i>(a, 16)
 #define _mm512_cvtne2ps_pbh(high, low) lk::emulation::cvtne2ps_pbh(high, low)
+#define _mm512_cvtneps_pbh(a) simde_mm512_extracti64x4_epi64(lk::emulation::cvtne2ps_pbh(a, a), 0)
+#define _mm512_fpclass_ps_mask(a, kinds) lk::emulation::subnormal(a)  // the one kind that is asked for
+#define _mm512_maskz_loadu_epi16(mask, from) lk::emulation::maskz_loadu_epi16(mask, from)
 #define _mm512_cvtepi16_epi32(a) lk::emulation::converted<int32_t, int16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepu16_epi32(a) lk::emulation::converted<int32_t, uint16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepi32_epi16(a) lk::emulation::converted<int16_t, int32_t, simde__m256i>(a, 16)

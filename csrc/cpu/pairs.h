@@ -1,0 +1,216 @@
+// Thin products by the bfloat16 dot product, where all that meets is bfloat16; u and du, which are float32, are rounded to it, as
+// the adapter they meet is (one term for adapters of half precision). A vector's lane holds two neighbours along the depth. Where the
+// other side is broadcast from memory, which takes as long as a dot product, each broadcast serves two of them: along() takes four of
+// the depth at once, across() two vectors of columns.
+#pragma once
+#include "tile.h"
+
+namespace lk::cpu {
+namespace {
+
+LK_INLINE Matrix turned(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype, m.col_index, m.index}; }
+
+// Where these are a product's operands, it runs on pairs.
+LK_INLINE bool paired(const Matrix& a, const Matrix& b) { return HAS_DOT && a.dtype == DType::bf16 && b.dtype == DType::bf16; }
+
+// -- operands ----------------------------------------------------------------------------------------------------------
+
+// A row's columns as bfloat16, zero where the mask drops: where it lies, or in line.
+static const uint16_t* row_bf16(const Matrix& m, int64_t row, int64_t column, int64_t count, const Mask& mask, uint16_t* line) {
+  const uint16_t* at = line;
+  const int64_t start = place(m, row) * m.row_stride;
+  const bool whole = m.col_stride == 1 && !m.col_index;
+  const auto offset = [&](int64_t c) { return start + (m.col_index ? m.col_index[column + c] : column + c) * m.col_stride; };
+  if (m.dtype == DType::f32) {
+    const float* data = static_cast<const float*>(m.data);
+    int64_t c = 0;
+    for (; whole && c + VL <= count; c += VL) store_bf16(line + c, load(data + offset(c)));
+    for (; c < count; ++c) line[c] = float_to_bf16(data[offset(c)]);
+  } else {
+    const uint16_t* data = static_cast<const uint16_t*>(m.data);
+    if (whole) at = data + offset(0);
+    for (int64_t c = 0; !whole && c < count; ++c) line[c] = data[offset(c)];
+  }
+  if (!mask.seed) return at;
+  int16_t keep[BLOCK + DRAW];
+  keep_row(static_cast<uint64_t>(*mask.seed), mask.threshold, place(m, row), column, count, keep);
+  for (int64_t c = 0; c < count; ++c) line[c] = at[c] & keep[c];
+  return line;
+}
+
+constexpr int64_t PAD = 4;  // what along() takes at once
+
+// Rows of bfloat16, zero up to a multiple of PAD columns; ld counts float32. Where memory holds just that, they stay there.
+static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, int64_t ld, bool ahead = false) {
+  for (int64_t i = 0; ahead && i < rows; ++i) prefetch(m, m0 + rows + i, c0, columns);
+  if (m.dtype == DType::bf16 && m.col_stride == 1 && m.row_stride % 2 == 0 && columns % PAD == 0 && !mask.seed && !m.index && !m.col_index)
+    return {reinterpret_cast<const float*>(static_cast<const uint16_t*>(m.data) + m0 * m.row_stride + c0), m.row_stride / 2};
+  for (int64_t i = 0; i < rows; ++i) {
+    uint16_t* line = reinterpret_cast<uint16_t*>(out + i * ld);
+    const uint16_t* at = row_bf16(m, m0 + i, c0, columns, mask, line);
+    if (at != line) memcpy(line, at, columns * sizeof *line);
+    memset(line + columns, 0, (round_up(columns, PAD) - columns) * sizeof *line);
+  }
+  return {out, ld};
+}
+
+// panel[d / EACH * ld + c] = m[row0 + d ... row0 + d + EACH - 1, column0 + c], zero behind the last row and for c up to width, where a Word
+// holds EACH bfloat16; lines: scratch for larger(columns, TURN * depth / 2) floats. row0 is a multiple of EACH.
+template <class Word>
+static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, int64_t columns, int64_t width, int64_t ld,
+                       Word* panel, float* lines) {
+  constexpr int EACH = sizeof(Word) / 2;
+  int64_t d = 0;
+  if (m.dtype == DType::bf16 && m.row_stride == 1 && !m.index) {  // words stand in memory
+    d = depth / EACH * EACH;
+    if (EACH == 2 && m.col_stride % 2 == 0) {
+      const Matrix words = {m.data, m.col_stride / 2, 1, DType::f32, m.col_index};
+      pack_turned(words, column0, columns, row0 / 2, depth / 2, width, ld, reinterpret_cast<float*>(panel), lines);
+    } else {
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t column = m.col_index && c < columns ? m.col_index[column0 + c] : column0 + c;
+        const uint16_t* from = static_cast<const uint16_t*>(m.data) + column * m.col_stride + row0;
+        for (int64_t i = 0; i < depth / EACH; ++i) {
+          Word word = 0;
+          if (c < columns) memcpy(&word, from + i * EACH, sizeof word);
+          panel[i * ld + c] = word;
+        }
+      }
+    }
+  }
+  for (; d < depth; d += EACH) {
+    Word* to = panel + d / EACH * ld;
+    for (int64_t c = 0; c < width; ++c) to[c] = 0;
+    for (int64_t i = 0; i < smaller(EACH, depth - d); ++i) {
+      const uint16_t* row = row_bf16(m, row0 + d + i, column0, columns, {}, reinterpret_cast<uint16_t*>(lines));
+      for (int64_t c = 0; c < columns; ++c) to[c] |= static_cast<Word>(row[c]) << 16 * i;
+    }
+  }
+}
+
+#if defined(LK_ISA_AVX512BF16)
+
+LK_INLINE Vec broadcast2(const float* p) {
+  double both;
+  memcpy(&both, p, sizeof both);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
+struct Two {
+  Vec low, high;
+};
+
+// (a[c], b[c]) of up to 32 columns, in an order that in_order() undoes.
+LK_INLINE Two zip(const uint16_t* a, const uint16_t* b, __mmask32 columns) {
+  const __m512i x = _mm512_maskz_loadu_epi16(columns, a), y = _mm512_maskz_loadu_epi16(columns, b);
+  return {_mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y)), _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y))};
+}
+
+LK_INLINE Two in_order(Vec low, Vec high) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(low, first, high), _mm512_permutex2var_ps(low, second, high)};
+}
+
+// Each two neighbours' sum.
+LK_INLINE Vec add_lanes(Vec a, Vec b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return add(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
+}
+
+#endif
+
+// -- out (rows, R) = or += a panel, the depth along a's rows ---------------------------------------------------------------
+
+struct Along {
+  View a;                 // view_bf16
+  const uint64_t* panel;  // pack_words: four of the depth, ld ranks
+  int64_t ld, depth;
+  float* out;
+  int64_t out_ld;
+  bool add;  // to what is in out
+};
+
+#if defined(LK_ISA_AVX512BF16)
+template <int ROWS>
+LK_INLINE void along_tile(const Along& g, int64_t m, int64_t r0) {
+  Vec sum[ROWS][2];
+  for (auto& row : sum) row[0] = row[1] = zero();
+  const float* panel = reinterpret_cast<const float*>(g.panel + r0);
+  const float* a = g.a.at + m * g.a.ld;
+  for (int64_t d = 0; d < g.depth; d += 4, a += 2, panel += 2 * g.ld) {
+    const Vec low = load(panel), high = load(panel + VL);
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec four = broadcast2(a + i * g.a.ld);
+      sum[i][0] = dot(four, low, sum[i][0]), sum[i][1] = dot(four, high, sum[i][1]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    float* to = g.out + (m + i) * g.out_ld + r0;
+    const Vec total = add_lanes(sum[i][0], sum[i][1]);
+    store(to, g.add ? add(load(to), total) : total);
+  }
+}
+
+static void along(const Along& g, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < width; r += VL) {
+    int64_t m = 0;
+    for (; m + 6 <= rows; m += 6) along_tile<6>(g, m, r);
+    for (; m + 2 <= rows; m += 2) along_tile<2>(g, m, r);
+    if (m < rows) along_tile<1>(g, m, r);
+  }
+}
+#else
+static void along(const Along&, int64_t, int64_t) {}  // never called
+#endif
+
+// -- out (R, columns) = or += p^T a, the depth across a's rows --------------------------------------------------------------
+
+struct Across {
+  const uint32_t* p;  // (depth / 2, R), pack_words
+  View a;             // view_bf16
+  int64_t depth;
+  float* out;
+  int64_t out_ld;
+  bool add;  // to what is in out
+};
+
+#if defined(LK_ISA_AVX512BF16)
+template <int RANKS>
+static void across_ranks(const Across& g, int64_t R, int64_t r0, int64_t columns) {
+  static const uint16_t nothing[2 * VL] = {};
+  const int64_t ld = 2 * g.a.ld;
+  for (int64_t c = 0; c < columns; c += 2 * VL) {
+    const __mmask32 valid = columns - c < 2 * VL ? (1u << (columns - c)) - 1 : ~0u;
+    Vec sum[RANKS][2];
+    for (auto& rank : sum) rank[0] = rank[1] = zero();
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(g.a.at) + c;
+    const float* p = reinterpret_cast<const float*>(g.p + r0);
+    for (int64_t d = 0; d < g.depth; d += 2, row += 2 * ld, p += R) {
+      const Two both = zip(row, d + 1 < g.depth ? row + ld : nothing, valid);
+      for (int r = 0; r < RANKS; ++r) {
+        const Vec pair = broadcast(p[r]);
+        sum[r][0] = dot(pair, both.low, sum[r][0]), sum[r][1] = dot(pair, both.high, sum[r][1]);
+      }
+    }
+    for (int r = 0; r < RANKS; ++r) {
+      float* to = g.out + (r0 + r) * g.out_ld + c;
+      const Two total = in_order(sum[r][0], sum[r][1]);
+      store(to, g.add ? add(load(to), total.low) : total.low);
+      store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
+    }
+  }
+}
+
+static void across(const Across& g, int64_t R, int64_t columns) {
+  int64_t r = 0;
+  for (; r + 8 <= R; r += 8) across_ranks<8>(g, R, r, columns);
+  for (; r + 4 <= R; r += 4) across_ranks<4>(g, R, r, columns);
+  for (; r < R; ++r) across_ranks<1>(g, R, r, columns);
+}
+#else
+static void across(const Across&, int64_t, int64_t) {}  // never called
+#endif
+
+}  // namespace
+}  // namespace lk::cpu
