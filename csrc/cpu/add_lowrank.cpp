@@ -1,6 +1,6 @@
 // y += scaling * (drop'(u v^T) + bias). Compiled once per instruction set (CMakeLists.txt), see vec.h.
 //
-// A task is a block of rows by a block of columns. It packs its columns of v once, as float32, column-major within the
+// A task is a block of rows by a block of columns. It packs its columns of v once, as float32 or pairs, column-major within the
 // block, so that any stride and dtype of v meets the same inner loop, then walks its rows in groups of four: twelve
 // accumulators stay in registers while y is read and written once. A sum runs over r = 0..R-1 in that order whatever
 // the blocking, so the bits do not depend on the number of threads or on a row's place.

@@ -18,7 +18,7 @@ struct Down {
   int64_t width;  // every part's rank, rounded up to whole vectors
 };
 
-static int64_t lines_of(const Down& d) { return larger(TURN * BLOCK, d.width); }
+static int64_t lines_of(const Down& d) { return larger(TURN * BLOCK, 2 * d.width); }
 
 template <bool PAIRS>
 static void pack(const Down& d, int64_t k0, float* panel, float* lines) {

@@ -90,7 +90,7 @@ static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, floa
 template <bool PAIRS>
 static void up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
-  const int64_t turn_floats = larger(TURN * BLOCK, g.width);
+  const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width);
   Scratch scratch(WORKER, BLOCK * g.width + ROWS * BLOCK_LD + ROWS * g.width + turn_floats + 64);
   float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS * BLOCK_LD), *lines = scratch.next(ROWS * g.width), *turn = scratch.next(turn_floats);
   for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);

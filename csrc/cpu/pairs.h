@@ -55,7 +55,7 @@ static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int
 }
 
 // panel[d / EACH * ld + c] = m[row0 + d ... row0 + d + EACH - 1, column0 + c], zero behind the last row and for c up to width, where a Word
-// holds EACH bfloat16; lines: scratch for larger(columns, TURN * depth / 2) floats. row0 is a multiple of EACH.
+// holds EACH bfloat16; lines: scratch for larger(EACH * columns / 2, TURN * depth / 2) floats. row0 is a multiple of EACH.
 template <class Word>
 static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, int64_t columns, int64_t width, int64_t ld,
                        Word* panel, float* lines) {
@@ -70,21 +70,31 @@ static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
       for (int64_t c = 0; c < width; ++c) {
         const int64_t column = m.col_index && c < columns ? m.col_index[column0 + c] : column0 + c;
         const uint16_t* from = static_cast<const uint16_t*>(m.data) + column * m.col_stride + row0;
-        for (int64_t i = 0; i < depth / EACH; ++i) {
+        for (int64_t i = 0; i < d; i += EACH) {
           Word word = 0;
-          if (c < columns) memcpy(&word, from + i * EACH, sizeof word);
-          panel[i * ld + c] = word;
+          if (c < columns) memcpy(&word, from + i, sizeof word);
+          panel[i / EACH * ld + c] = word;
         }
       }
     }
   }
   for (; d < depth; d += EACH) {
     Word* to = panel + d / EACH * ld;
-    for (int64_t c = 0; c < width; ++c) to[c] = 0;
-    for (int64_t i = 0; i < smaller(EACH, depth - d); ++i) {
-      const uint16_t* row = row_bf16(m, row0 + d + i, column0, columns, {}, reinterpret_cast<uint16_t*>(lines));
-      for (int64_t c = 0; c < columns; ++c) to[c] |= static_cast<Word>(row[c]) << 16 * i;
-    }
+    const int64_t some = smaller(EACH, depth - d);
+    const uint16_t* row[EACH];
+    for (int64_t i = 0; i < some; ++i) row[i] = row_bf16(m, row0 + d + i, column0, columns, {}, reinterpret_cast<uint16_t*>(lines) + i * columns);
+    if (some == EACH)
+      for (int64_t c = 0; c < columns; ++c) {
+        Word word = row[0][c];
+        for (int i = 1; i < EACH; ++i) word |= static_cast<Word>(row[i][c]) << 16 * i;
+        to[c] = word;
+      }
+    else
+      for (int64_t c = 0; c < columns; ++c) {
+        to[c] = 0;
+        for (int64_t i = 0; i < some; ++i) to[c] |= static_cast<Word>(row[i][c]) << 16 * i;
+      }
+    for (int64_t c = columns; c < width; ++c) to[c] = 0;
   }
 }
 
