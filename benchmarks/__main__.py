@@ -10,7 +10,7 @@ import torch
 
 from . import compare, gpu, machine, report, results, tune
 from .cases import DTYPES
-from .run import OPERATORS, Options, plan, run
+from .run import OPERATORS, Options, default_dtypes, plan, run
 from .shapes import MODELS, SETS
 
 QUICK_BUDGET = 150  # seconds
@@ -78,7 +78,7 @@ def parser():
 def options_of(asked):
     dtypes = None
     if asked.dtype or asked.adapter_dtype:
-        bases = asked.dtype or (["bfloat16"] if asked.device == "cuda" else ["float32"])
+        bases = asked.dtype or sorted({base for base, _ in default_dtypes(asked.device)})
         dtypes = [(base, adapter) for base in bases for adapter in asked.adapter_dtype or ["float32"] if adapter in (base, "float32")]
         if not dtypes:
             sys.exit(f"--adapter-dtype: expected float32 or the base's, got {','.join(asked.adapter_dtype)} on {','.join(bases)}")

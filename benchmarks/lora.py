@@ -27,7 +27,7 @@ def cases(options):
                 for M in tokens:
                     for dtype, adapter in options.dtypes:
                         for R in options.ranks or ([16] if quick or shapes != "design" or mode != "fwd+bwd" else [16, 64]):
-                            for p in (0.0, 0.1) if R == 16 and mode == "fwd+bwd" and shapes != "calls" else (0.0,):
+                            for p in (0.0, 0.1) if mode == "fwd+bwd" and shapes != "calls" else (0.0,):
                                 yield Case(NAME, mode, shapes, M, K, N, R, dtype, adapter, p, device=options.device)
 
 

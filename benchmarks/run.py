@@ -14,6 +14,14 @@ OPERATORS = {module.NAME: module for module in (lora, nf4, multi, model)}
 REPEATS = 7  # calls of each contender that a row takes at least, looks and warming up included
 
 
+def default_dtypes(device):
+    """Of the base and the adapter."""
+    if device == "cuda":
+        return [("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+    paired = torch.cpu._is_avx512_bf16_supported()  # else a product in bfloat16 takes seconds
+    return [("bfloat16", "float32")] * paired + [("float32", "float32")]
+
+
 @dataclass
 class Options:
     """What `run` was asked for; None: what the operator thinks best."""
@@ -38,8 +46,7 @@ class Options:
 
     def __post_init__(self):
         if self.dtypes is None:
-            paired = self.device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # else a product in bfloat16 takes seconds
-            self.dtypes = [("bfloat16", "float32")] * paired + [("float32", "float32")] if self.device == "cpu" else [("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+            self.dtypes = default_dtypes(self.device)
         if self.threads is None:
             most = torch.get_num_threads()
             self.threads = [0] if self.device == "cuda" else [most] if self.quick else sorted({1, most}, reverse=True)
