@@ -166,8 +166,8 @@ def build(case, options):
         theirs, run = peft_model(case, model, drawn, packed, ids if many else None)
         found.append(contender(name, run, theirs))
         kept += theirs
-    if device == "cuda" and not four_bit and not many and not reason:
-        if why := peers.why_not("liger_kernel"):
+    if not four_bit and not many and not reason:
+        if why := peers.why_not("liger_kernel") if device == "cuda" else "its Triton kernels need a GPU":
             skipped["PEFT + Liger"] = why
         else:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
