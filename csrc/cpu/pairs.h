@@ -83,7 +83,7 @@ static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
     const int64_t some = smaller(EACH, depth - d);
     const uint16_t* row[EACH];
     for (int64_t i = 0; i < some; ++i) row[i] = row_bf16(m, row0 + d + i, column0, columns, {}, reinterpret_cast<uint16_t*>(lines) + i * columns);
-    if (some == EACH)
+    if (some == EACH)  // nearly always: one pass over the columns
       for (int64_t c = 0; c < columns; ++c) {
         Word word = row[0][c];
         for (int i = 1; i < EACH; ++i) word |= static_cast<Word>(row[i][c]) << 16 * i;
@@ -100,6 +100,7 @@ static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
 
 #if defined(LK_ISA_AVX512BF16)
 
+// Four bfloat16 that stand together, in every 64 bits.
 LK_INLINE Vec broadcast2(const float* p) {
   double both;
   memcpy(&both, p, sizeof both);
