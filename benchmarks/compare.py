@@ -29,10 +29,11 @@ def figures(row):
     others = [name for name in row.names if not is_ours(name)]
     found = []
     for times in row.data["passes"]:
-        complete = [name for name in others if name in times and None not in times[name]]
-        if complete and ours in times:
-            rounds = zip(times[ours], *(times[name] for name in complete))
-            found.append(statistics.median(math.log(mine) - statistics.mean(map(math.log, rest)) for mine, *rest in rounds))
+        rounds = [i for i, mine in enumerate(times.get(ours, ())) if mine is not None]
+        complete = [name for name in others if name in times and all(times[name][i] is not None for i in rounds)]
+        if complete and rounds:
+            logs = {name: [math.log(times[name][i]) for i in rounds] for name in (ours, *complete)}
+            found.append(statistics.median(mine - statistics.mean(rest) for mine, *rest in zip(*logs.values())))
     return found
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_compare_sees_a_tenth_and_nothing_else(tiny):
     assert "was right, is now wrong" in compare.compare(first, wrong)[0][0]
     with pytest.raises(ValueError, match="share no row"):
         compare.compare(first, first | {"rows": []})
+
+
+def test_who_sits_out_rounds(tiny):
+    """Others that are far slower than the base do; this library never, and `compare` takes the rounds that all of a file have."""
+    from benchmarks import timing
+    from benchmarks.cases import Contender
+
+    compare, *_ = suite()
+    slow = lambda: time.sleep(0.03)  # noqa: E731
+    found = timing.in_turn([Contender("base", lambda: time.sleep(0.001)), Contender("lorakernels", slow), Contender("PEFT", slow)], "cpu", 0.0, 0.0)
+    assert [t is None for t in found["PEFT"]] == [False, False, True] and None not in found["lorakernels"] and None not in found["base"]
+    (row,) = json.loads((tiny[0] / "a.json").read_text())["rows"]
+    generator = random.Random(5)
+    first, slower = drawn(row, generator), drawn(row, generator, slower=1.1)
+    for file in (first, slower):
+        for one in file["rows"]:
+            for times in one["passes"]:
+                times["PEFT"][2:] = [None] * 6
+                times["lorakernels"][7] = None
+    assert compare.compare(first, first)[0] == [] and compare.compare(first, slower)[0]
 
 
 def test_every_row_of_the_plan_can_be_made_ready():
