@@ -9,7 +9,7 @@ import torch
 
 from . import flops
 from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
-from .ops import cast, primitive, product, refuse_second_derivatives, rows
+from .ops import cast, in_shape, primitive, product, refuse_second_derivatives, rows
 
 
 @primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds, int splits) -> Tensor")
@@ -115,7 +115,7 @@ def forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed,
     if u is None:
         u = multi_lowrank_down(x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds, splits_of(*x_rows.shape, x.device.type))
     multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
-    return y.view(*x.shape[:-1], y.shape[1]), u
+    return in_shape(y, x.shape), u
 
 
 def multi_lora_linear(x, W, A, B, bias, *rest):

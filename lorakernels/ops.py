@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from . import backends, flops
+from . import backends, flops, sharding
 from .backends.reference import accumulator
 
 
@@ -33,8 +33,9 @@ def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
 
         @functools.wraps(shape_rule)
         def call(*arguments):
-            base = arguments[0]
-            if _watched() or base.is_meta or type(base) not in PLAIN:
+            if not _plain(arguments):
+                return operator(*sharding.prepared(arguments))
+            if _watched() or arguments[0].is_meta:
                 return operator(*arguments)
             return body(*arguments)
 
@@ -43,7 +44,15 @@ def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
     return register
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
+
+
+def _plain(arguments):
+    """Whether no tensor is of a subclass with a dispatch of its own (a DTensor, a quantised weight): a kernel reads memory."""
+    for argument in arguments:
+        if type(argument) not in PLAIN and not (type(argument) is list and _plain(argument)):
+            return False
+    return True
 
 
 def _watched():
@@ -112,6 +121,14 @@ def rows(x):
     return x.resolve_neg().reshape(-1, x.shape[-1])
 
 
+def in_shape(y, shape):
+    """Rows of y in the shape that x has: to autograd no view, so that what comes after the layer may change it in place."""
+    if len(shape) == 2:
+        return y
+    whole = (*shape[:-1], y.shape[1])
+    return y.view(whole) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view.default(y, whole)  # which a trace would take with constant sizes
+
+
 def product(x, W, scales, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     """x W^T, or x W where turned, + bias + scaling (drop'(u v^T) + lowrank_bias). W is dense where scales is None; else it is
     NF4's packed codes and scales (absmax, nested, its Format)."""
@@ -132,7 +149,7 @@ def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, scales
     x_rows = rows(x)
     u = lowrank_down(x_rows, [A], seed, dropout_p)
     y = product(x_rows, W, scales, False, u, B, scaling, bias, lora_bias, None, 0.0)
-    return y.view(*x.shape[:-1], y.shape[1]), u
+    return in_shape(y, x.shape), u
 
 
 def packed_scales(absmax, nested, format):
@@ -220,7 +237,7 @@ class NF4Linear(torch.autograd.Function):
 def nf4_forward(x, bias, dtype, packed, absmax, nested, format):
     x, bias = cast(dtype, x, bias)
     y = product(rows(x), packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return in_shape(y, x.shape)
 
 
 def nf4_linear(x, weight, bias, dtype):

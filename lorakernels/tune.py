@@ -59,7 +59,6 @@ def trials(device, M, K, N, R, dtype, adapter):
     """The rows that a layer of this size meets, forward and backward, and many adapters."""
     from .functional import quantize_nf4
     from .backends import triton
-    from .backends.triton import tiles
     from .backends.reference import tiles_of
     from .multi_ops import route
 

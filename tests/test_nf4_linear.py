@@ -4,10 +4,7 @@ import copy
 import itertools
 import logging
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import oracle
 import pytest
@@ -439,58 +436,3 @@ def test_training_moves_the_adapter_and_nothing_else():
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not p.requires_grad)
-
-
-FSDP = '''
-import copy, os, sys, torch
-sys.path.insert(0, sys.argv[3])
-from numerics import check
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-import lorakernels as lk
-rank = int(sys.argv[1])
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], RANK=str(rank), WORLD_SIZE="2")
-dist.init_process_group("gloo", rank=rank, world_size=2)
-def model():
-    torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 33))
-    lk.apply_lora(made, r=4, quantize="nf4", init_lora_weights=False)
-    return made
-alone, sharded = model(), model()
-mesh = init_device_mesh("cpu", (2,))
-# torch 2.11 cannot shard a parameter without a gradient's dtype: the packed bytes stay whole there
-old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-whole = {"ignored_params": {p for p in sharded.parameters() if not p.is_floating_point()}} if old else {}
-for layer in (sharded[0], sharded[2]):
-    fully_shard(layer, mesh=mesh, **whole)
-fully_shard(sharded, mesh=mesh, **whole)
-x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-mine = x[4 * rank : 4 * rank + 4]
-y = sharded(mine)
-assert torch.equal(y, alone(mine)), "forward"
-y.square().sum().backward()
-alone(x).square().sum().backward()
-exact = copy.deepcopy(alone).double()
-exact.zero_grad()
-exact(x.double()).square().sum().backward()
-for i in (0, 2):
-    for name in ("lora_A", "lora_B"):
-        got = getattr(sharded[i], name).grad.full_tensor() * 2  # FSDP means over ranks
-        check(name, got, getattr(exact[i], name).grad, getattr(alone[i], name).grad, base=torch.float32, K=64 * 96)
-dist.destroy_process_group()
-print("ok")
-'''
-
-
-def test_fsdp2_on_two_ranks():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [subprocess.Popen([sys.executable, "-c", FSDP, str(rank), port, str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in ranks:
-        out, error = process.communicate(timeout=240)
-        assert process.returncode == 0 and out.strip().endswith("ok"), error[-2000:]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import oracle
 import pytest
@@ -249,6 +250,27 @@ def test_saved_tensor_hooks_can_offload():
     with torch.autograd.graph.save_on_cpu():
         offloaded = gradients(layer, x, layer)
     assert all(torch.equal(a, b) for a, b in zip(plain, offloaded))
+
+
+@pytest.mark.parametrize("make", [lk.LoraLinear.from_linear, lk.QLoraLinear.from_linear, lk.NF4Linear.from_linear, partial(lk.MultiLoraLinear.from_linear, num_adapters=2, max_rank=2)], ids=["LoraLinear", "QLoraLinear", "NF4Linear", "MultiLoraLinear"])
+@pytest.mark.parametrize("shape", [(16,), (4, 16), (2, 3, 16)], ids=str)
+def test_what_comes_after_a_layer_may_change_its_result_in_place(make, shape):
+    """nn.ReLU(inplace=True), x += residual: as after nn.Linear."""
+    layer = make(nn.Linear(16, 8))
+    arguments = (torch.zeros(shape[:-1], dtype=torch.int64),) if isinstance(layer, lk.MultiLoraLinear) else ()
+    results = []
+    for in_place in (False, True):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        layer.zero_grad()
+        y = layer(x, *arguments)
+        if in_place:
+            y += 1
+            y.relu_()
+        else:
+            y = torch.relu(y + 1)
+        y.square().sum().backward()
+        results.append([y.detach(), *(t.grad.clone() for t in (x, *layer.parameters()) if t.grad is not None)])
+    assert len(results[0]) > 1 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_two_threads_train_at_once():
