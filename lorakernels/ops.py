@@ -24,8 +24,8 @@ def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
         torch.library.register_fake(qualified)(shape_rule)
 
         def body(*arguments):
-            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-                raise RuntimeError(f"{qualified} does not support automatic differentiation; lorakernels.functional does")
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in _flat(arguments)):
+                raise RuntimeError(f"{qualified} does not support automatic differentiation; lorakernels.functional does, and torch.no_grad() asks for none")
             return backends.select(name, arguments[0].device.type, dtype_of(arguments))(*arguments)
 
         torch.library.impl(qualified, "CompositeExplicitAutograd")(body)
@@ -42,6 +42,12 @@ def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
         return call
 
     return register
+
+
+def _flat(arguments):
+    """The arguments, those of lists too."""
+    for argument in arguments:
+        yield from argument if isinstance(argument, (list, tuple)) else (argument,)
 
 
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}

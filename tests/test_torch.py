@@ -110,10 +110,12 @@ def test_opcheck(backend, device, seeded, dtype):
 
 
 @pytest.mark.parametrize("call", [ops.lowrank_down, torch.ops.lorakernels.lowrank_down])
-def test_primitive_called_by_hand_on_what_needs_gradients_raises(backend, device, call):
+@pytest.mark.parametrize("which", ["x", "A"])
+def test_primitive_called_by_hand_on_what_needs_gradients_raises(backend, device, call, which):
     case = make_case(5, 16, 12, 3, F32, F32, device=device)
+    getattr(case, which).requires_grad_()
     with pytest.raises(RuntimeError, match="lowrank_down does not support automatic differentiation"):
-        call(case.x.requires_grad_(), [case.A], None, 0.0)
+        call(case.x, [case.A], None, 0.0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
