@@ -25,7 +25,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     """
     dtype = _autocast_dtype(x)
     _check_lora(x, weight, lora_A, lora_B, bias, lora_bias, dtype)
-    lora_A, lora_B, bias, lora_bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias, lora_bias))
+    weight, lora_A, lora_B, bias, lora_bias = ops.own(weight), ops.own(lora_A), ops.own(lora_B), ops.own(bias), ops.own(lora_bias)
     scaling = check_number("scaling", scaling)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = None
@@ -35,7 +35,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     if isinstance(weight, NF4Tensor):
         pieces = weight.absmax, weight.nested, weight.format
         return ops.lora_linear(x, weight.packed, lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p, dtype, *pieces)
-    return ops.lora_linear(x, weight.resolve_neg(), lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p, dtype)
+    return ops.lora_linear(x, weight, lora_A, lora_B, bias, lora_bias, seed, scaling, dropout_p, dtype)
 
 
 def nf4_linear(x, weight, bias=None):
@@ -57,7 +57,7 @@ def nf4_linear(x, weight, bias=None):
         _check_tensor("bias", bias, (weight.format.N,), "N", x)
         if dtype is None:
             _check_dtype("bias", bias, [x.dtype], "x's dtype")
-    return ops.nf4_linear(x, weight, bias if bias is None else bias.resolve_neg(), dtype)
+    return ops.nf4_linear(x, weight, ops.own(bias), dtype)
 
 
 def quantize_nf4(weight, blocksize=64, double_quant=True):
@@ -80,7 +80,7 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
         raise ValueError(f"blocksize: expected one of {', '.join(map(str, nf4.BLOCKSIZES))}, got {blocksize!r}")
     if not isinstance(double_quant, bool):
         raise TypeError(f"double_quant: expected a bool, got {_kind(double_quant)}")
-    weight = weight.detach().contiguous().resolve_neg()
+    weight = ops.own(weight.detach().contiguous())
     format, dtype = nf4.Format(*weight.shape, blocksize), weight.dtype
     if weight.is_meta:
         blocks = -(-weight.numel() // blocksize)
@@ -130,7 +130,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
         raise ValueError(f"dropout_p: expected a number or {E} of them, got {len(probabilities)}")
     if training and any(dropout.threshold(p) for p in probabilities):
         thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
-    lora_A, lora_B, bias = (t if t is None else t.resolve_neg() for t in (lora_A, lora_B, bias))
+    lora_A, lora_B, bias = ops.own(lora_A), ops.own(lora_B), ops.own(bias)
     return _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thresholds, dtype)
 
 
@@ -138,7 +138,7 @@ def _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thres
     seed = None if thresholds is None else dropout.draw_seed(x.device)
     segments = (*routed, ranks, pages, seed, thresholds)
     pieces = (weight.absmax, weight.nested, weight.format) if isinstance(weight, NF4Tensor) else (None, None, None)
-    W = weight.packed if isinstance(weight, NF4Tensor) else weight.resolve_neg()
+    W = weight.packed if isinstance(weight, NF4Tensor) else ops.own(weight)
     return multi_ops.multi_lora_linear(x, W, lora_A, lora_B, bias, scaling, *segments, dtype, *pieces, u)
 
 

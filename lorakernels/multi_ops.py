@@ -9,7 +9,7 @@ import torch
 
 from . import flops
 from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
-from .ops import cast, in_shape, primitive, product, refuse_second_derivatives, rows
+from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows
 
 
 @primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds, int splits) -> Tensor")
@@ -97,7 +97,7 @@ class MultiLoraLinear(torch.autograd.Function):
         if need_x:
             dx = base(dy, W, None if absmax is None else (absmax, nested, ctx.format), True, None)
             multi_add_lowrank(dx, du[None], A.transpose(1, 2), None, *segments)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+            dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
                 dW = torch.mm(dy.t(), x).to(dtypes[0])

@@ -122,9 +122,15 @@ def quantize_nf4(weight, blocksize):
     return weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8), weight.new_empty(-(-weight.numel() // blocksize), dtype=torch.float32)
 
 
+def own(tensor):
+    """The tensor (or None, or an NF4Tensor), or a copy where its values are those of its memory negated."""
+    return tensor.resolve_neg() if isinstance(tensor, torch.Tensor) else tensor
+
+
 def rows(x):
     """x as a matrix of rows; a copy only where its strides allow no view, or its values are those of its memory negated."""
-    return x.resolve_neg().reshape(-1, x.shape[-1])
+    x = x.resolve_neg()
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def in_shape(y, shape):
@@ -133,6 +139,12 @@ def in_shape(y, shape):
         return y
     whole = (*shape[:-1], y.shape[1])
     return y.view(whole) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view.default(y, whole)  # which a trace would take with constant sizes
+
+
+def gradient(tensor, shape, dtype):
+    """A gradient in the shape and dtype of what it belongs to."""
+    tensor = tensor if tensor.shape == shape else tensor.view(shape)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product(x, W, scales, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
@@ -202,10 +214,10 @@ class LoraLinear(torch.autograd.Function):
                 dy, x if need_A else None, u if need_B else None, B if need_x or need_A else None, seed, ctx.dropout_p, ctx.scaling, weight_dtypes[1]
             )
             dA = dA if need_A else None
-            dB = dB.to(weight_dtypes[2]) if need_B else None
+            dB = gradient(dB, dB.shape, weight_dtypes[2]) if need_B else None
         if need_x:
             dx = product(dy, W, packed_scales(absmax, nested, ctx.format), True, du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+            dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
                 dW = torch.mm(dy.t(), x).to(weight_dtypes[0])
@@ -234,7 +246,7 @@ class NF4Linear(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = product(dy, packed, (absmax, nested, ctx.format), True, None, None, 1.0, None, None, None, 0.0)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+            dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
         return dx, dbias, None, None, None, None, None
@@ -261,6 +273,6 @@ def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, ab
     if not torch.compiler.is_compiling():
         flops.register()
     arguments = (x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in arguments[:6]]):
         return LoraLinear.apply(*arguments, absmax, nested, format)
     return forward(*arguments, packed_scales(absmax, nested, format))[0]

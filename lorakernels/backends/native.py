@@ -103,14 +103,14 @@ MAX_PARTS = 8  # csrc/params.h: A's that one launch of lowrank_down takes
 def lowrank_down_groups(A, u, seed):
     """lowrank_down's A's in groups that one launch takes: (A's, their columns of u, their seeds)."""
     if len(A) <= MAX_PARTS:
-        yield A, u, seed
-        return
-    column = 0
+        return ((A, u, seed),)
+    groups, column = [], 0
     for i in range(0, len(A), MAX_PARTS):
         some = A[i : i + MAX_PARTS]
         ranks = sum(a.shape[0] for a in some)
-        yield some, u[:, column : column + ranks], None if seed is None else seed[i : i + MAX_PARTS]
+        groups.append((some, u[:, column : column + ranks], None if seed is None else seed[i : i + MAX_PARTS]))
         column += ranks
+    return groups
 
 
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
