@@ -71,14 +71,15 @@ RULES = {"lowrank_down": _lowrank_down, "linear_lowrank": _linear_lowrank, "lowr
 
 
 def prepared(arguments):
-    """A primitive's arguments, not all of them plain tensors: among DTensors the seed becomes one, the same on every rank."""
+    """A primitive's arguments, not all of them plain tensors: among DTensors the seed becomes one, the first rank's, or else the
+    ranks' copies of A would get other gradients."""
     if "torch.distributed.tensor" not in sys.modules:
         return arguments  # another subclass of Tensor
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     _register()
     mesh = next((a.device_mesh for a in arguments if isinstance(a, DTensor)), None)
-    return [DTensor.from_local(a, mesh, [Replicate()] * mesh.ndim, run_check=False) if mesh is not None and _is_seed(a) else a for a in arguments]
+    return [distribute_tensor(a, mesh) if mesh is not None and _is_seed(a) else a for a in arguments]
 
 
 def _is_seed(argument):
