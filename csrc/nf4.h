@@ -60,4 +60,10 @@ struct NF4Linear {
   AddLowrank lowrank;   // M, y, and the low-rank term: R is 0 where there is none
 };
 
+// The same for any number of rows; where turned, y (M,K) = x W of x (M,N).
+struct NF4Product {
+  NF4Linear linear;
+  bool turned;
+};
+
 }  // namespace lk

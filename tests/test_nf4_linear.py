@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorakernels as lk
-from lorakernels import backends, dropout, nf4
+from lorakernels import backends, dropout, nf4, ops
 from lorakernels.functional import lora_linear, nf4_linear, quantize_nf4
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -54,7 +54,7 @@ def test_shapes_and_dtypes(backend, device, base, adapter, N, K):
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 15, 16, 17, 24, 25, 33, 127, 128, 129, 600])
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 33, 127, 128, 129, 600])
 def test_rows_across_every_switch_of_kernel(backend, device, base, M):
     size = (128, 80) if M < 100 else (33, 24)  # the interpreter runs every program
     hold(make_case(M, *size, 4, base, F32, device=device, bias=True))
@@ -63,13 +63,13 @@ def test_rows_across_every_switch_of_kernel(backend, device, base, M):
 def test_every_switch_is_among_those_rows():
     from lorakernels.backends import nf4_path
 
-    assert (nf4_path.FEW_ROWS, nf4_path.PAIRED_ROWS, nf4_path.FUSED_ROWS) == (16, 24, 128)
+    assert (nf4_path.PAIRED_ROWS, nf4_path.AVX2_ROWS, nf4_path.FEW_ROWS, nf4_path.PAIRED_FUSED_ROWS, nf4_path.FUSED_ROWS) == (8, 12, 16, 128, 128)
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
-@pytest.mark.parametrize("N, K, blocksize", [(19, 4160, 64), (3, 12352, 256), (5, 4112, 32)])
+@pytest.mark.parametrize("N, K, blocksize", [(19, 4160, 64), (3, 12352, 256), (5, 4112, 32), (90, 192, 64)])
 def test_long_rows_on_the_processor(base, N, K, blocksize):
-    """Rows of W that its kernels cut into pieces, the last of them not whole, for a row of x alone, a group, and more."""
+    """Rows of W whose last piece is not whole, for a row of x alone, a group, and more; scales of scales that change within a step."""
     if why := backends.why_not("cpu", "cpu", base):
         pytest.skip(why)
     with backends.use_backend("cpu"):
@@ -79,12 +79,50 @@ def test_long_rows_on_the_processor(base, N, K, blocksize):
         assert torch.equal(nf4_linear(x, weight), torch.cat([nf4_linear(row, weight) for row in x.split(1)]))
 
 
+@pytest.mark.parametrize("base, adapter", MIXES, ids=IDS)
+@pytest.mark.parametrize(
+    "M, K, N, blocksize, nested",
+    [(17, 64, 1, 64, True), (20, 192, 33, 32, False), (21, 320, 70, 64, False), (100, 96, 257, 128, True), (17, 100, 40, 32, True), (128, 1088, 31, 4096, True),
+     (258, 64, 66, 64, True), (520, 128, 34, 64, True), (20, 64, 2089, 64, True), (20, 2113, 9, 64, False), (19, 2176, 301, 64, True)],
+)  # fmt: skip
+def test_tiles_that_are_decoded_on_their_way_on_the_processor(base, adapter, M, K, N, blocksize, nested):
+    """Rows, columns and depth that end within a tile, a group, a block or a word of codes; more rows than are taken at a time; wide layers."""
+    if why := backends.why_not("cpu", "cpu", base):
+        pytest.skip(why)
+    with backends.use_backend("cpu"):
+        hold(make_case(M, K, N, 3, base, adapter, bias=True, lora_bias=True), blocksize, nested, label="tiles ")
+
+
+@pytest.mark.parametrize("base", [F32, BF16])
+def test_tiles_of_rows_anywhere_in_memory_on_the_processor(base):
+    """A row's bits depend neither on the others, nor on where and how x lies, nor on the threads."""
+    if why := backends.why_not("cpu", "cpu", base):
+        pytest.skip(why)
+    if backends.load("cpu").module().isa() == "portable":
+        pytest.skip("where there are no vectors torch multiplies more than a few rows")
+    with backends.use_backend("cpu"):
+        weight, x = quantize_nf4(torch.randn(150, 192)), torch.randn(21, 192).to(base)
+        dense = torch.randn(21, 150).to(base)
+        product = lambda x, turned: ops.nf4_linear_lowrank(x, weight.packed, weight.absmax, weight.nested, *weight.format, turned, None, None, 1.0, None, None, None, 0.0)  # noqa: E731
+        for rows, turned in ((x, False), (dense, True)):
+            whole, threads = product(rows, turned), torch.get_num_threads()
+            strided = torch.empty(rows.shape[1], 50, dtype=base).t()[3:45:2].copy_(rows)
+            assert torch.equal(product(strided, turned), whole) and torch.equal(product(rows[:1].expand(21, -1), turned), whole[:1].expand(21, -1))
+            many = 30 if turned or base == F32 else 6  # of more rows in bfloat16 torch may be faster
+            assert torch.equal(product(rows[:18], turned), whole[:18]) and torch.equal(product(rows.repeat(many, 1), turned), whole.repeat(many, 1))
+            try:
+                torch.set_num_threads(1 + threads % 2)
+                assert torch.equal(product(rows, turned), whole)
+            finally:
+                torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("base", [F32, BF16])
 def test_a_weight_of_many_slabs(backend, device, base, monkeypatch):
     """More columns than a slab has: each element of y and dx still is of one product."""
     module = backends.load(backend)
-    weight, _, _ = pack(make_case(5, 136, 200, 3, base, F32, device=device))
-    x, dy = (torch.randn(5, size, device=device).to(base) for size in (136, 200))
+    weight, _, _ = pack(make_case(20, 136, 200, 3, base, F32, device=device))
+    x, dy = (torch.randn(20, size, device=device).to(base) for size in (136, 200))
 
     def run():
         leaf = x.clone().requires_grad_()
@@ -96,7 +134,7 @@ def test_a_weight_of_many_slabs(backend, device, base, monkeypatch):
     monkeypatch.setattr(module, "SLAB", 1)  # the smallest: 64 columns
     for name, cut, one, exact in zip(("y", "dx"), run(), whole, (x.double() @ weight.dequantize(F32).double().t(), dy.double() @ weight.dequantize(F32).double())):
         check(f"slabs {name}", cut, exact, one, base=base, K=200)
-    hold(make_case(5, 136, 200, 3, base, F32, device=device, bias=True, lora_bias=True))
+    hold(make_case(20, 136, 200, 3, base, F32, device=device, bias=True, lora_bias=True))
 
 
 @pytest.mark.parametrize("base, adapter", MIXES, ids=IDS)
@@ -298,7 +336,7 @@ def test_repr_and_explain():
     assert "in_features=64, out_features=48, bias=True, blocksize=64, double_quant=True, r=3, lora_alpha=6" in repr(layer)
     text = lk.explain(layer)
     assert "1 QLoraLinear on cpu" in text and "nf4_linear_lowrank: cpu" in text
-    assert "8 rows by 64->48: forward few, dx slabs" in lk.explain(layer, tokens=8) and "forward slabs" in lk.explain(layer, tokens=17)
+    assert "8 rows by 64->48: forward few, dx " in lk.explain(layer, tokens=8) and "forward few" not in lk.explain(layer, tokens=17)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -74,6 +74,11 @@ inline NF4Linear nf4_linear_params(NF4 w, Tensor x, Tensor bias, int64_t M, int6
   return {nf4_weight(w), matrix(x), matrix(bias), add_lowrank_params(M, N, R, y, u, v, lowrank_bias, scaling, drop)};
 }
 
+inline NF4Product nf4_product_params(bool turned, NF4 w, Tensor x, Tensor bias, int64_t M, int64_t N, int64_t R, Tensor y, Tensor u, Tensor v,
+                                     Tensor lowrank_bias, float scaling, Drop drop) {
+  return {nf4_linear_params(w, x, bias, M, N, R, y, u, v, lowrank_bias, scaling, drop), turned};
+}
+
 // E, R; addresses of order, starts, ranks, pages (0 for none), the last one's stride; addresses of seed, thresholds, scaling (0 for none)
 using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, int64_t, Address, Address, Address>;
 

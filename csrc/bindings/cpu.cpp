@@ -27,6 +27,10 @@ PYBIND11_MODULE(_cpu, m) {
           cpu::kernels().nf4_linear(p);
           if (p.lowrank.R) cpu::kernels().add_lowrank(p.lowrank);
         }));
+  m.def("nf4_product", launcher(nf4_product_params, [](const NF4Product& p) {
+          cpu::kernels().nf4_product(p);
+          if (p.linear.lowrank.R) cpu::kernels().add_lowrank(p.linear.lowrank);
+        }));
   m.def("multi_lowrank_down", launcher(multi_down_params, cpu::multi_lowrank_down));
   m.def("multi_add_lowrank", launcher(multi_add_params, cpu::multi_add_lowrank));
   m.def("multi_lowrank_grad", launcher(multi_grad_params, cpu::multi_lowrank_grad));

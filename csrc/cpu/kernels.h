@@ -13,6 +13,7 @@ struct Kernels {
   void (*dequantize_nf4)(const DequantizeNF4&);
   void (*quantize_nf4)(const QuantizeNF4&);
   void (*nf4_linear)(const NF4Linear&);
+  void (*nf4_product)(const NF4Product&);
 };
 
 #define LK_DECLARE_KERNELS(isa)               \
@@ -23,6 +24,7 @@ struct Kernels {
   void dequantize_nf4(const DequantizeNF4&);  \
   void quantize_nf4(const QuantizeNF4&);      \
   void nf4_linear(const NF4Linear&);          \
+  void nf4_product(const NF4Product&);        \
   }
 LK_DECLARE_KERNELS(portable)
 #ifdef LK_X86

@@ -9,33 +9,6 @@ namespace {
 
 constexpr int64_t CHUNK = 2048;  // elements that are decoded at a time: within the first cache
 
-#ifdef LK_ISA_AVX512BF16
-// decode_run to bfloat16. The even elements of 32 and the odd ones are looked up apart, rounded by one instruction, and put between each
-// other. That takes what is subnormal for zero, so small scales go another way.
-static void decode_run_bf16(const NF4Weight& w, const Decoder& d, int64_t first, int64_t count, uint16_t* out) {
-  constexpr float SMALL = 0x1p-120f;
-  constexpr int64_t STEP = 2 * VL;
-  alignas(64) uint16_t places[STEP];
-  for (int64_t i = 0; i < STEP; ++i) places[i] = static_cast<uint16_t>(i / 2 + (i & 1) * VL);
-  const __m512i between = _mm512_loadu_si512(places);
-  const int64_t blocksize = int64_t{1} << w.block_shift;
-  for (int64_t at = first, end = first + count; at < end;) {
-    const int64_t block = at >> w.block_shift, stop = smaller(end, (block + 1) * blocksize);
-    const float scale = scale_of(w, block);
-    if (at & 1) *out++ = float_to_bf16(code_of(w.packed, at++) * scale);
-    const Vec scales = broadcast(scale);
-    if (scale >= SMALL || -scale >= SMALL)
-      for (; at + STEP <= stop; at += STEP, out += STEP) {
-        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.packed + (at >> 1))));
-        const Vec even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), d.codes), scales), odd = mul(_mm512_permutexvar_ps(pairs, d.codes), scales);
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(between, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
-      }
-    for (; at + VL <= stop; at += VL, out += VL) store_bf16(out, mul(decode(d, w.packed + (at >> 1)), scales));
-    for (; at < stop; ++at) *out++ = float_to_bf16(code_of(w.packed, at) * scale);
-  }
-}
-#endif
-
 static void dequantize_rows(int64_t begin, int64_t end, void* context) {
   const DequantizeNF4& p = *static_cast<const DequantizeNF4*>(context);
   const Decoder decoder;

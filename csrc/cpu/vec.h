@@ -163,6 +163,22 @@ LK_INLINE void store_f16(uint16_t* p, Vec a) { for (int i = 0; i < VL; ++i) p[i]
 
 #endif
 
+// The sum of a vector's lanes: the upper half onto the lower, and again.
+LK_INLINE float total(Vec sum) {
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+#ifdef LK_ISA_AVX512
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1)));
+#else
+  const __m256 eight = sum;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  return (sum.lane[0] + sum.lane[2]) + (sum.lane[1] + sum.lane[3]);
+#endif
+}
+
 // c + a b, summed over the two bfloat16 of each 32-bit lane. Only where HAS_DOT.
 #if defined(LK_ISA_AVX512BF16)
 constexpr bool HAS_DOT = true;

@@ -86,6 +86,14 @@ static inline simde__m512i cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
   return both;
 }
 
+static inline simde__m512i mulhi_epu16(simde__m512i a, simde__m512i b) {
+  uint16_t x[32], y[32];
+  memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<uint16_t>(static_cast<uint32_t>(x[i]) * y[i] >> 16);
+  memcpy(&a, x, sizeof x);
+  return a;
+}
+
 static inline simde__m512i maskz_loadu_epi16(simde__mmask32 mask, const void* from) {
   uint16_t out[32] = {};
   for (int i = 0; i < 32; ++i)
@@ -121,6 +129,7 @@ static inline simde__mmask16 subnormal(simde__m512 a) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_dpbf16_ps
+#undef _mm512_mulhi_epu16
 #define _mm512_cvtepu8_epi32(a) lk::emulation::converted<int32_t, uint8_t, simde__m512i>(a, 16)
 #define _mm512_cvtne2ps_pbh(high, low) lk::emulation::cvtne2ps_pbh(high, low)
 #define _mm512_cvtneps_pbh(a) simde_mm512_extracti64x4_epi64(lk::emulation::cvtne2ps_pbh(a, a), 0)
@@ -133,3 +142,4 @@ static inline simde__mmask16 subnormal(simde__m512 a) {
 #define _mm512_cvtph_ps(a) lk::emulation::cvtph_ps(a)
 #define _mm512_cvtps_ph(a, rounding) lk::emulation::cvtps_ph(a)
 #define _mm512_dpbf16_ps(sum, a, b) lk::emulation::dpbf16_ps(sum, a, b)
+#define _mm512_mulhi_epu16(a, b) lk::emulation::mulhi_epu16(a, b)

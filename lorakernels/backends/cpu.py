@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import native
-from .nf4_path import FEW, nf4_path
+from .nf4_path import FEW, SLABS, nf4_path
 from .reference import base_product, nf4_product, stack_shape, summed
 
 
@@ -85,13 +85,15 @@ def quantize_nf4(weight, blocksize):
 def nf4_linear_lowrank(
     x, packed, absmax, nested, N, K, blocksize, nested_blocksize, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p
 ):  # fmt: skip
-    """linear_lowrank with W in NF4: few rows meet the packed codes in C++; many a slab at a time, decoded in C++ and
-    multiplied by torch (oneDNN); then the low-rank term in place, in C++."""
+    """linear_lowrank with W in NF4: few rows meet the packed codes in C++, more meet tiles of W that are decoded on their way; or
+    a slab at a time is decoded in C++ and multiplied by torch (oneDNN). Then the low-rank term in place, in C++."""
     weight = native.nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize)
-    if nf4_path(x.shape[0], N, K, x.dtype, module().isa(), turned) == FEW:
-        y = x.new_empty(x.shape[0], N)
+    path = nf4_path(x.shape[0], N, K, x.dtype, module().isa(), turned)
+    if path != SLABS:
+        y = x.new_empty(x.shape[0], K if turned else N)
         lowrank = native.add_lowrank_arguments(y, u, v, scaling, lowrank_bias, seed, dropout_p)
-        module().nf4_linear(weight, native.matrix(x), native.vector(bias), *lowrank)
+        arguments = (weight, native.matrix(x), native.vector(bias), *lowrank)
+        module().nf4_linear(*arguments) if path == FEW else module().nf4_product(turned, *arguments)
         return y
     decode = lambda n0, k0, out: module().dequantize_nf4(weight, n0, k0, *out.shape, native.matrix(out))  # noqa: E731
     y = nf4_product(x, (N, K), turned, bias, decode, SLAB, multiplied_in(x.dtype))

@@ -7,14 +7,22 @@ FEW = "few"  # the packed codes meet the rows as they are, every code looked up 
 FUSED = "fused"  # a product whose tiles of W are decoded on their way to it
 SLABS = "slabs"  # W is decoded slab by slab, and torch multiplies each
 
-# CPU, AVX2, ms packed against slabs, 4096x14336 / 14336x4096: 12 rows 47 to 47 / 47 to 48 with one thread, 25 to 36 / 25 to 39
-# with two; 16 rows 62 to 51 / 62 to 55 and 37 to 39 / 32 to 44: 16 loses least.
 # GPU, not measured: two tiles of the tensor cores' 8 columns, past which decoding is no longer what the few rows wait for.
+# CPU, float32 on AVX-512, ms with two threads on a Zen 4, 14336x4096 / 4096x14336 / 4096x4096, few rows' kernel against the fused product: 12 rows
+# 9.9 to 12.0 / 9.1 to 12.2 / 4.8 to 5.2, 16 rows 12.1 to 14.5 / 11.2 to 13.0 / 6.4 to 6.3, 20 rows 16.0 to 16.8 / 15.3 to 16.1 / 4.4 to 4.7.
 FEW_ROWS = 16
 
-# CPU, AVX-512-BF16, bfloat16 x, the same: 20 rows 11.6 to 9.6 / 12.3 to 9.4 with two threads, 21.5 to 20.4 / 19.2 to 17.6 with one; 24 rows
-# 13.1 to 11.4 / 13.3 to 10.9 and 21.9 to 22.6 / 21.0 to 20.7; 28 rows 13.8 to 13.1 / 14.7 to 12.6 and 23.4 to 25.4 / 23.1 to 24.0.
-PAIRED_ROWS = 24
+# AVX2, there: 8 rows 9.4 to 12.2 / 10.5 to 13.3 / 3.1 to 3.5, 12 rows 12.0 to 11.5 / 13.1 to 13.1 / 3.5 to 3.3, 16 rows 16.2 to 13.7 / 16.3 to 14.0 / 5.0 to 4.3.
+AVX2_ROWS = 12
+
+# bfloat16 on AVX-512-BF16: 8 rows 3.3 to 3.5 / 3.2 to 3.5 / 1.1 to 1.0, 12 rows 4.8 to 4.6 / 4.6 to 4.6 / 1.5 to 1.3, 16 rows 6.4 to 5.8 / 6.1 to
+# 5.8 / 1.9 to 1.6.
+PAIRED_ROWS = 8
+
+# CPU, bfloat16 on AVX-512-BF16, the fused product against slabs, the same: 64 rows 19.4 to 23.1 / 19.3 to 22.0 / 5.8 to 6.6, 128 rows 38.2 to
+# 38.7 / 38.8 to 38.9 / 11.0 to 11.5, 256 rows 75 to 75 / 76 to 74 / 21.5 to 21.4; one thread, 256 rows 149 to 144. In every other case the
+# fused one is ahead for all rows: float32, 256 rows 141 to 189 / 142 to 187 / 39 to 49; dx, bfloat16, 76 to 92 / 78 to 89 / 21 to 24.
+PAIRED_FUSED_ROWS = 128
 
 # GPU, not measured. Where e is the share of the matrix rate that the fused product reaches, it wins below 231 e / (1 - e) rows
 # against decoding W and multiplying at full rate (H200: 0.585 ps to decode a value, 790 TFLOP/s). Choosing a code takes about 16
@@ -26,8 +34,13 @@ def nf4_path(M, N, K, dtype, architecture, turned):
     """The form of x W^T (of x W where turned) for x (M, K). architecture: a processor's instruction set, a compute capability such as
     (9, 0), or AMD's name of an architecture."""
     if architecture in ISAS:
-        few = PAIRED_ROWS if architecture == "avx512bf16" and dtype == torch.bfloat16 and K % 64 == 0 else FEW_ROWS
-        return FEW if M <= few and not turned else SLABS
+        half = architecture == "avx512bf16" and dtype == torch.bfloat16
+        paired = half and K % 64 == 0
+        if not turned and M <= (PAIRED_ROWS if paired else AVX2_ROWS if architecture == "avx2" else FEW_ROWS):
+            return FEW
+        if architecture == "portable" or (half and not turned and (M > PAIRED_FUSED_ROWS or not paired)):
+            return SLABS
+        return FUSED
     if dtype == torch.float32:
         return SLABS  # its products run on plain FMA, of which a fused one has no more
     if M <= FEW_ROWS and not turned and isinstance(architecture, tuple):

@@ -1,0 +1,188 @@
+// Few rows of x against packed NF4, the codes looked up as they lie: 4 bytes of a row to a lane of 32 bits, 8 codes. Those that lie in the
+// same place of their lanes, or of the lanes' halves, are looked up at once, by an index of which only the low bits count: the shifted
+// words themselves. So x is laid out once in the order that the codes come in; those of a group's rows lie behind each other, for rows
+// that lie a power of two apart would drive each other out of the first cache.
+#pragma once
+#include "nf4.h"
+
+namespace lk::cpu {
+namespace {
+
+// In float32: vector j has elements 8 w + (j ^ 1), w = 0 ... VL - 1, of each STEP.
+struct Singles {
+  using Value = float;
+  static constexpr int64_t WIDTH = VL, VECTORS = 8, STEP = WIDTH * VECTORS;
+  Decoder decoder;
+  LK_INLINE Vec codes(const Singles& form, Vec words, int j) { return decode_place(form.decoder, words, j); }
+  LK_INLINE Vec meet(Vec codes, const float* x, Vec sum) { return fma(codes, load(x), sum); }
+  LK_INLINE Value value(float x) { return x; }
+};
+
+#ifdef LK_ISA_AVX512BF16
+// In pairs of bfloat16, two products an instruction: vector j has elements 4 w + (j ^ 1), w = 0 ... 31.
+struct Pairs {
+  using Value = uint16_t;
+  static constexpr int64_t WIDTH = 2 * VL, VECTORS = 4, STEP = WIDTH * VECTORS;
+  __m512i table;
+  Pairs() {
+    alignas(64) uint16_t half[WIDTH];
+    for (int64_t i = 0; i < WIDTH; ++i) half[i] = float_to_bf16(CODES[i % 16]);
+    table = _mm512_loadu_si512(half);
+  }
+  LK_INLINE Vec codes(const Pairs& form, Vec words, int j) {
+    const __m512i index = _mm512_castps_si512(words);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(j == 0 ? index : _mm512_srli_epi16(index, 4 * j), form.table));
+  }
+  LK_INLINE Vec meet(Vec codes, const uint16_t* x, Vec sum) { return dot(codes, load(reinterpret_cast<const float*>(x)), sum); }
+  LK_INLINE Value value(float x) { return float_to_bf16(x); }  // exact: x was bfloat16
+};
+#endif
+
+// Rows m.. of x in the form's order, zeros behind K; line: scratch for K floats
+template <class Form>
+static void lay_out(const Matrix& x, int64_t m, int64_t rows, int64_t K, typename Form::Value* out, float* line) {
+  for (int64_t r = 0; r < rows; ++r) {
+    load_row_any(x, m + r, 0, K, line);
+    for (int64_t k0 = 0; k0 < K; k0 += Form::STEP) {
+      typename Form::Value* to = out + k0 * rows + r * Form::STEP;
+      for (int64_t j = 0; j < Form::VECTORS; ++j)
+        for (int64_t w = 0; w < Form::WIDTH; ++w, ++to) {
+          const int64_t k = k0 + Form::VECTORS * w + (j ^ 1);
+          *to = Form::value(k < K ? line[k] : 0.0f);
+        }
+    }
+  }
+}
+
+// part[r][c] += the products of COLS vectors of words with ROWS rows of x
+template <class Form, int ROWS, int COLS>
+LK_INLINE void meet(const Form& form, const Vec (&words)[COLS], const typename Form::Value* x, Vec (&part)[ROWS][COLS]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Form::VECTORS; ++j) {
+    Vec codes[COLS];
+    for (int c = 0; c < COLS; ++c) codes[c] = Form::codes(form, words[c], j);
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLS; ++c) part[r][c] = Form::meet(codes[c], x + r * Form::STEP + j * Form::WIDTH, part[r][c]);
+  }
+}
+
+LK_INLINE Vec load_words(const uint8_t* packed) { return load(reinterpret_cast<const float*>(packed)); }
+
+// Bytes of a row's end as a vector's: what lies behind meets zeros of x, but may lie behind the weight too.
+LK_INLINE Vec rest_of(const uint8_t* packed, int64_t count) {
+  uint8_t bytes[4 * VL] = {};
+  memcpy(bytes, packed, count);
+  return load_words(bytes);
+}
+
+// out[r] = the dot product of row n of W with row r of a group of x. K is a multiple of 8: eight neighbours, a lane's share, are of one block.
+template <class Form, int ROWS>
+static void dot_lanes(const NF4Weight& w, const Form& form, int64_t n, const typename Form::Value* x, float* out) {
+  const int64_t first = n * w.K, end = first + w.K;
+  Vec sum[ROWS];
+  for (int r = 0; r < ROWS; ++r) sum[r] = zero();
+  for (int64_t at = first; at < end; at += Form::STEP, x += ROWS * Form::STEP) {
+    const int64_t left = end - at;
+    const uint8_t* packed = w.packed + (at >> 1);
+    float scales[VL];
+    for (int64_t i = 0; i < VL;) {
+      const int64_t from = smaller(at + 8 * i, end - 8), block = from >> w.block_shift;
+      const float scale = scale_of(w, block);
+      const int64_t stop = i + larger(1, (((block + 1) << w.block_shift) - at) / 8 - i);
+      for (; i < smaller(stop, VL); ++i) scales[i] = scale;
+    }
+    const Vec words[1] = {left < Form::STEP ? rest_of(packed, left / 2) : load_words(packed)};
+    Vec part[ROWS][1];
+    for (int r = 0; r < ROWS; ++r) part[r][0] = zero();
+    meet(form, words, x, part);
+    for (int r = 0; r < ROWS; ++r) sum[r] = fma(load(scales), part[r][0], sum[r]);
+  }
+  for (int r = 0; r < ROWS; ++r) out[r] = total(sum[r]);
+}
+
+// The same where K is a multiple of RUN and RUN neighbours are of one block, for COLS rows of W at once, which share what is loaded of x.
+constexpr int64_t RUN = 64;
+constexpr int RUN_SHIFT = 6;
+constexpr int64_t NEAR = 24 << 10;  // bytes that leave the first cache some room
+
+LK_INLINE bool in_runs(const NF4Weight& w) { return w.K % RUN == 0 && w.block_shift >= RUN_SHIFT; }
+
+// low in the lanes of a vector's first RUN codes, high in the others, where it has that many
+LK_INLINE Vec per_run(float low, float high) {
+#ifdef LK_ISA_AVX512
+  return _mm512_mask_blend_ps(0xff00, broadcast(low), broadcast(high));
+#else
+  return broadcast(low);
+#endif
+}
+
+// The scales of runs i and j of W, in the lanes of each.
+template <bool NESTED>
+LK_INLINE Vec scales_of(const NF4Weight& w, int64_t i, int64_t j) {
+  const int shift = w.block_shift - RUN_SHIFT;
+  const int64_t a = i >> shift, b = j >> shift;
+  if (!NESTED) return per_run(load_float(w.absmax, a), load_float(w.absmax, b));
+  const Vec first = per_run(load_float(w.nested, 1 + w.absmax[a]), load_float(w.nested, 1 + w.absmax[b]));
+  const Vec second = per_run(load_float(w.nested, 257 + (a >> w.nested_shift)), load_float(w.nested, 257 + (b >> w.nested_shift)));
+  return add(mul(first, second), broadcast(load_float(w.nested, 0)));
+}
+
+// out[r * out_ld + c]: row n + c of W with row r of a group of x. `ahead`: the rows of W behind these are brought in.
+template <class Form, int ROWS, int COLS, bool NESTED>
+static void dot_runs(const NF4Weight& w, const Form& form, int64_t n, const typename Form::Value* x, bool ahead, float* out, int64_t out_ld) {
+  constexpr int64_t STEP_RUNS = Form::STEP / RUN;  // 1 or 2
+  const int64_t row = w.K / 2, runs = w.K / RUN, first = n * runs;
+  const uint8_t *packed = w.packed + n * row, *next = packed + COLS * row;
+  const bool near = ROWS * w.K * static_cast<int64_t>(sizeof(typename Form::Value)) + 2 * COLS * row <= NEAR;  // else they would drive x out of the first cache
+  Vec sum[ROWS][COLS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) sum[r][c] = zero();
+  const auto step = [&](const Vec(&words)[COLS], int64_t i, int64_t j) __attribute__((always_inline)) {
+    Vec part[ROWS][COLS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLS; ++c) part[r][c] = zero();
+    meet(form, words, x, part);
+    for (int c = 0; c < COLS; ++c) {
+      const Vec scales = scales_of<NESTED>(w, first + c * runs + i, first + c * runs + j);
+      for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(scales, part[r][c], sum[r][c]);
+    }
+    x += ROWS * Form::STEP;
+  };
+  int64_t i = 0;
+  Vec words[COLS];
+  for (; i + STEP_RUNS <= runs; i += STEP_RUNS) {
+    for (int c = 0; c < COLS; ++c) words[c] = load_words(packed + c * row + i * (RUN / 2));
+    if (ahead)
+      for (int c = 0; c < COLS; ++c, next += Form::STEP / 2)  // one row after the other, as memory likes it
+        if (near)
+          __builtin_prefetch(next);
+        else
+          __builtin_prefetch(next, 0, 2);
+    step(words, i, i + STEP_RUNS - 1);
+  }
+  if (i < runs) {
+    for (int c = 0; c < COLS; ++c) words[c] = rest_of(packed + c * row + i * (RUN / 2), RUN / 2);
+    step(words, i, i);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) out[r * out_ld + c] = total(sum[r][c]);
+}
+
+// out[r * out_ld + c]: rows n ... n + columns of W with ROWS rows of a group of x
+template <int ROWS, class Form>
+static void dot_group(const NF4Weight& w, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, int64_t, bool ahead, float* out, int64_t out_ld) {
+  int64_t c = 0;
+  if (in_runs(w)) {
+    for (; c + 2 <= columns; c += 2) (w.nested ? dot_runs<Form, ROWS, 2, true> : dot_runs<Form, ROWS, 2, false>)(w, form, n + c, x, ahead, out + c, out_ld);
+    if (c < columns) (w.nested ? dot_runs<Form, ROWS, 1, true> : dot_runs<Form, ROWS, 1, false>)(w, form, n + c, x, ahead, out + c, out_ld);
+    return;
+  }
+  for (; c < columns; ++c) {
+    float sums[ROWS];
+    dot_lanes<Form, ROWS>(w, form, n + c, x, sums);
+    for (int r = 0; r < ROWS; ++r) out[r * out_ld + c] = sums[r];
+  }
+}
+
+}  // namespace
+}  // namespace lk::cpu
