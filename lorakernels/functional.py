@@ -340,6 +340,10 @@ def _check_routed(routed, x, E):
     return routed
 
 
+def _out_of_range(ids, E):
+    return (ids < -1) | (ids >= E)
+
+
 def _ids_of_rows(ids, rows, E, check_ids):
     if check_ids not in ("sync", "async", "off"):
         raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
@@ -354,11 +358,12 @@ def _ids_of_rows(ids, rows, E, check_ids):
         ids = ids[:, None].expand(rows)
     ids = ids.reshape(-1)
     if check_ids != "off" and not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
-        wrong = (ids < -1) | (ids >= E)
         if check_ids == "async" and ids.is_cuda:
-            noted_ids.note(wrong)
-        elif bool(wrong.any()):
-            at = wrong.nonzero()[0].item()
+            noted_ids.note(_out_of_range(ids, E))
+            return ids
+        low, high = (bound.item() for bound in ids.aminmax())
+        if low < -1 or high >= E:
+            at = _out_of_range(ids, E).nonzero()[0].item()
             raise ValueError(f"adapter_ids: expected ids from -1 (no adapter) to {E - 1}, got {ids[at].item()} for row {at}")
     return ids
 

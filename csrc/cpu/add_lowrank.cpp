@@ -15,6 +15,7 @@ constexpr int ROWS = 4, VECS = 3;              // register tile: 4 rows x 3 vect
 constexpr int64_t TILE = VECS * VL;            // columns of a register tile
 constexpr int64_t PANEL_FLOATS = 24 * 1024;    // packed v of a task: 96 KiB, within the second-level cache
 constexpr int64_t COLUMNS_MAX = 10 * 48;       // a multiple of every TILE (12, 24, 48)
+constexpr int64_t COLUMNS_FEW = 4 * 48;        // of few rows, which wait for the packing: it stays within the first cache
 constexpr int64_t KEEP_LD = COLUMNS_MAX + DRAW;
 constexpr int64_t BLOCK_ROWS = 128;            // enough rows to pay for the packing
 
@@ -51,7 +52,7 @@ static int64_t lines_of(const AddLowrank& p, int64_t cols) { return larger(TURN 
 template <DType dtype, bool dropout, bool PAIRS>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
   float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(lines_of(p, cols)), *pairs = scratch.next(ROWS * pairs_ld(p));
-  if (p.v.col_stride == 1 && !p.v.col_index)
+  if (!PAIRS && p.v.col_stride == 1 && !p.v.col_index)
     for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch(p.v, n, 0, p.R);
   if (PAIRS)
     pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
@@ -111,12 +112,13 @@ namespace LK_ISA_NAME {
 void add_lowrank(const AddLowrank& p) {
   if (p.M == 0 || p.N == 0) return;
   const int64_t fits = larger(48, PANEL_FLOATS / larger(p.R, 1) / 48 * 48);
-  const int64_t block_cols = smaller(smaller(fits, COLUMNS_MAX), round_up(p.N, 48));
+  const bool pairs = paired(p.y, p.v);
+  const int64_t block_cols = smaller(smaller(fits, pairs && p.M <= 4 * ROWS ? COLUMNS_FEW : COLUMNS_MAX), round_up(p.N, 48));
   const Grid grid = {&p, block_cols, ceil_div(p.N, block_cols)};
   const int64_t count = ceil_div(p.M, BLOCK_ROWS) * grid.column_blocks;
   switch (p.y.dtype) {
     case DType::f32: return run<DType::f32>(grid, count);
-    case DType::bf16: return paired(p.y, p.v) ? run<DType::bf16, HAS_DOT>(grid, count) : run<DType::bf16>(grid, count);
+    case DType::bf16: return pairs ? run<DType::bf16, HAS_DOT>(grid, count) : run<DType::bf16>(grid, count);
     case DType::f16: return run<DType::f16>(grid, count);
   }
 }

@@ -54,6 +54,28 @@ static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int
   return {out, ld};
 }
 
+#ifdef LK_ISA_AVX512BF16
+// panel[d / 4 * ld + c] = m[row0 + d ... row0 + d + 3, column0 + c] for c < 8, where a column's words stand in memory
+static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, uint64_t* panel, int64_t ld) {
+  const uint16_t* from[8];
+  for (int64_t c = 0; c < 8; ++c) from[c] = static_cast<const uint16_t*>(m.data) + (m.col_index ? m.col_index[column0 + c] : column0 + c) * m.col_stride + row0;
+  for (int64_t d = 0; d < depth; d += 32, panel += 8 * ld) {
+    const int64_t words = smaller(8, (depth - d) / 4);
+    const __mmask32 valid = words < 8 ? (1u << 4 * words) - 1 : ~0u;
+    __m512i a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm512_maskz_loadu_epi16(valid, from[i] + d);
+    for (int i = 0; i < 8; i += 2) b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i p = _mm512_shuffle_i32x4(b[i], b[i + 2], 0x44), q = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0x44);
+      const __m512i r = _mm512_shuffle_i32x4(b[i], b[i + 2], 0xee), s = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0xee);
+      a[i] = _mm512_shuffle_i32x4(p, q, 0x88), a[i + 2] = _mm512_shuffle_i32x4(p, q, 0xdd);
+      a[i + 4] = _mm512_shuffle_i32x4(r, s, 0x88), a[i + 6] = _mm512_shuffle_i32x4(r, s, 0xdd);
+    }
+    for (int64_t w = 0; w < words; ++w) _mm512_storeu_si512(panel + w * ld, a[w]);
+  }
+}
+#endif
+
 // panel[d / EACH * ld + c] = m[row0 + d ... row0 + d + EACH - 1, column0 + c], zero behind the last row and for c up to width, where a Word
 // holds EACH bfloat16; lines: scratch for larger(EACH * columns / 2, TURN * depth / 2) floats. row0 is a multiple of EACH.
 template <class Word>
@@ -67,7 +89,12 @@ static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
       const Matrix words = {m.data, m.col_stride / 2, 1, DType::f32, m.col_index};
       pack_turned(words, column0, columns, row0 / 2, depth / 2, width, ld, reinterpret_cast<float*>(panel), lines);
     } else {
-      for (int64_t c = 0; c < width; ++c) {
+      int64_t c = 0;
+#ifdef LK_ISA_AVX512BF16
+      if (EACH == 4)
+        for (; c + 8 <= columns; c += 8) turn_words(m, row0, d, column0 + c, reinterpret_cast<uint64_t*>(panel) + c, ld);
+#endif
+      for (; c < width; ++c) {
         const int64_t column = m.col_index && c < columns ? m.col_index[column0 + c] : column0 + c;
         const uint16_t* from = static_cast<const uint16_t*>(m.data) + column * m.col_stride + row0;
         for (int64_t i = 0; i < d; i += EACH) {
