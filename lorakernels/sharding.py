@@ -1,8 +1,8 @@
 """How the primitives of a dense LoRA layer split over the ranks of a DTensor's mesh (tensor parallelism). A leaf.
 
 Each is a sum over named axes, so a split follows from the letters: where one axis is split, a tensor that has it is sharded
-along it, any other is whole on every rank, and a result that lacks it is a partial sum. torch.distributed.tensor is not
-imported here: the rules are put in when a DTensor comes.
+along it, any other is whole on every rank, and a result that lacks it is a partial sum where its sum runs over it, else whole.
+torch.distributed.tensor is not imported here: the rules are put in when a DTensor comes.
 
 With dropout no rule splits an axis of what is dropped: the mask counts rows and columns of the whole matrix.
 """
