@@ -66,6 +66,13 @@ struct AddLowrank {
   Dropout dropout;
 };
 
+// Adapter ids, 32 or 64 bits wide -> order (M) and starts (E + 1), as below
+struct Route {
+  const void* ids;
+  bool wide;
+  int64_t M, stride, E;
+  int64_t *order, *starts;
+};
 // Many adapters: rows order[starts[e]] to order[starts[e + 1]] of x, dy and y are adapter e's; other rows have none. u and du
 // have their rows in that order; what lies behind the last adapter's has an id that is none. A and B are stacks of E, a stride
 // apart, or, with pages, rank rows that stand anywhere: rank r of adapter e is row pages[e * pages_stride + r] of A, and the

@@ -121,7 +121,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     else:
         E, R = _check_paged(x, weight, lora_A, lora_B, bias, pages, dtype)
         lora_A, lora_B = lora_A[:, None], lora_B[:, :, None]
-    routed = _check_routed(adapter_ids, x, E) if isinstance(adapter_ids, multi_ops.Routed) else multi_ops.route(_check_ids(adapter_ids, x, E, check_ids), E)
+    routed = _check_routed(adapter_ids, x, E) if isinstance(adapter_ids, multi_ops.Routed) else route(_check_ids(adapter_ids, x), x.shape, E, check_ids)
     scaling = _per_adapter("scaling", scaling, E, x.device)
     ranks = _check_ranks(ranks, E, R, x.device)
     thresholds = None
@@ -145,7 +145,19 @@ def _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thres
 def route(adapter_ids, shape, E, check_ids="async"):
     """What multi_lora_linear takes in the place of adapter_ids, for x of `shape` (..., K) and E adapters: the order of its rows, made
     once for all layers that such an x meets. adapter_ids, check_ids and errors: multi_lora_linear's."""
-    return multi_ops.route(_ids_of_rows(adapter_ids, shape[:-1], E, check_ids), E)
+    if check_ids not in ("sync", "async", "off"):
+        raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
+    ids = _ids_of_rows(adapter_ids, shape[:-1])
+    routed = multi_ops.route(ids, E)
+    if check_ids == "off" or ids.is_meta or torch.compiler.is_compiling():
+        return routed
+    known = routed.starts[-1]  # how many rows have an id from -1 to E - 1
+    if check_ids == "async" and ids.is_cuda:
+        noted_ids.note(known < len(ids))
+    elif known.item() < len(ids):
+        at = routed.order[known].item()
+        raise ValueError(f"adapter_ids: expected ids from -1 (no adapter) to {E - 1}, got {ids[at].item()} for row {at}")
+    return routed
 
 
 def pooled_down(x, rows_A, routed, ranks, pages):
@@ -324,11 +336,10 @@ def _check_paged(x, weight, lora_A, lora_B, bias, pages, autocast):
     return pages.shape
 
 
-def _check_ids(ids, x, E, check_ids):
-    """adapter_ids as one id for each row of x."""
+def _check_ids(ids, x):
     if isinstance(ids, torch.Tensor) and ids.device != x.device:
         raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {ids.device}")
-    return _ids_of_rows(ids, x.shape[:-1], E, check_ids)
+    return ids
 
 
 def _check_routed(routed, x, E):
@@ -340,13 +351,8 @@ def _check_routed(routed, x, E):
     return routed
 
 
-def _out_of_range(ids, E):
-    return (ids < -1) | (ids >= E)
-
-
-def _ids_of_rows(ids, rows, E, check_ids):
-    if check_ids not in ("sync", "async", "off"):
-        raise ValueError(f"check_ids: expected 'sync', 'async' or 'off', got {check_ids!r}")
+def _ids_of_rows(ids, rows):
+    """adapter_ids as one id for each row."""
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"adapter_ids: expected a Tensor, got {_kind(ids)}")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -356,16 +362,7 @@ def _ids_of_rows(ids, rows, E, check_ids):
             also = f" or ({rows[0]},)" if len(rows) == 2 else ""
             raise ValueError(f"adapter_ids: expected shape {tuple(rows)}{also}, got {tuple(ids.shape)}")
         ids = ids[:, None].expand(rows)
-    ids = ids.reshape(-1)
-    if check_ids != "off" and not ids.is_meta and not torch.compiler.is_compiling() and ids.numel():
-        if check_ids == "async" and ids.is_cuda:
-            noted_ids.note(_out_of_range(ids, E))
-            return ids
-        low, high = (bound.item() for bound in ids.aminmax())
-        if low < -1 or high >= E:
-            at = _out_of_range(ids, E).nonzero()[0].item()
-            raise ValueError(f"adapter_ids: expected ids from -1 (no adapter) to {E - 1}, got {ids[at].item()} for row {at}")
-    return ids
+    return ids.reshape(-1)
 
 
 def _per_adapter(name, value, E, device):

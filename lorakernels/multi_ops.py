@@ -12,6 +12,11 @@ from .backends.reference import accumulator, splits_of, stack_shape, summed, til
 from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows
 
 
+@primitive("multi_route(Tensor ids, int E) -> (Tensor, Tensor)", dtype_of=lambda arguments: torch.float32)
+def multi_route(ids, E):
+    return ids.new_empty(ids.shape, dtype=torch.int64), ids.new_empty(E + 1, dtype=torch.int64)  # order (M,), starts (E + 1,)
+
+
 @primitive("multi_lowrank_down(Tensor x, Tensor A, Tensor order, Tensor starts, Tensor? tiles, Tensor? ranks, Tensor? pages, Tensor? seed, Tensor? thresholds, int splits) -> Tensor")
 def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
     width = A.shape[1] if pages is None else A.shape[1] * pages.shape[1]
@@ -48,9 +53,8 @@ class Routed(NamedTuple):
 
 
 def route(ids, E):
-    """Routed rows of adapter ids (M,). Nothing is read on the host, and sizes depend on shapes alone."""
-    ordered, order = torch.sort(torch.where((ids < -1) | (ids > E), E, ids), stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
+    """Routed rows of adapter ids (M,). On a GPU nothing is read on the host, and sizes depend on shapes alone."""
+    order, starts = multi_route(ids, E)
     return Routed(order, starts, None if ids.device.type == "cpu" else tiles_of(starts, len(ids)))
 
 

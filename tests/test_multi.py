@@ -177,6 +177,21 @@ def test_rows_in_order_for_several_layers(backend, device):
             multi_lora_linear(x, case.W, case.A[:E], case.B[:E], once, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_are_sorted_by_adapter(backend, device, dtype):
+    """Within an adapter in their own order; first those without one, last those whose id is none."""
+    far = torch.iinfo(dtype)
+    for M, E in ((0, 3), (1, 1), (64, 64), (200, 3), (50, 300)):
+        ids = torch.randint(-1, E, (2 * M,), dtype=dtype, device=device)[::2]
+        if M > 1:
+            ids[[M // 2, 0, M - 1, 1]] = torch.tensor([E, far.max, -2, far.min], dtype=dtype, device=device)
+        ranks = [id if -1 <= id < E else E for id in ids.tolist()]
+        order, starts = multi_ops.multi_route(ids, E)
+        assert order.dtype == starts.dtype == torch.int64
+        assert order.tolist() == sorted(range(M), key=lambda row: (ranks[row], row))
+        assert starts.tolist() == [sum(rank < e for rank in ranks) for e in range(E + 1)]
+
+
 def test_layouts(backend, device):
     M, K, N, ids = 21, 40, 24, DISTRIBUTIONS["random"](21, 3)
     for x in (torch.randn(2 * M, 2 * K)[::2, ::2], torch.randn(K, M).t(), torch.randn(1, K).expand(M, K), torch.randn(M * K + 1)[1:].view(M, K)):
@@ -314,6 +329,7 @@ def test_opcheck(backend, device):
     x, u, y, A, B = case.x, torch.randn(6, 3, device=device), torch.randn(6, 8, device=device), torch.nan_to_num(case.A), torch.nan_to_num(case.B)
     with torch.no_grad():
         torch.library.opcheck(ops.multi_lowrank_down.default, (x, A, order, starts, tiles, case.ranks, None, seed, thresholds, 1))
+        torch.library.opcheck(ops.multi_route.default, (case.ids, 2))
         torch.library.opcheck(ops.multi_add_lowrank.default, (y, u[None], B, case.scaling, order, starts, tiles, None, None, None, None))
         torch.library.opcheck(ops.multi_lowrank_grad.default, (y, x, u, B, case.scaling, order, starts, tiles, case.ranks, None, seed, thresholds, F32))
 

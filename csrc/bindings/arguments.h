@@ -79,6 +79,10 @@ inline NF4Product nf4_product_params(bool turned, NF4 w, Tensor x, Tensor bias, 
   return {nf4_linear_params(w, x, bias, M, N, R, y, u, v, lowrank_bias, scaling, drop), turned};
 }
 
+inline Route route_params(Address ids, bool wide, int64_t M, int64_t stride, int64_t E, Address order, Address starts) {
+  return {pointer(ids), wide, M, stride, E, static_cast<int64_t*>(pointer(order)), static_cast<int64_t*>(pointer(starts))};
+}
+
 // E, R; addresses of order, starts, ranks, pages (0 for none), the last one's stride; addresses of seed, thresholds, scaling (0 for none)
 using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, int64_t, Address, Address, Address>;
 

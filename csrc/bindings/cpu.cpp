@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cpu, m) {
           cpu::kernels().nf4_product(p);
           if (p.linear.lowrank.R) cpu::kernels().add_lowrank(p.linear.lowrank);
         }));
+  m.def("multi_route", launcher(route_params, cpu::multi_route));
   m.def("multi_lowrank_down", launcher(multi_down_params, cpu::multi_lowrank_down));
   m.def("multi_add_lowrank", launcher(multi_add_params, cpu::multi_add_lowrank));
   m.def("multi_lowrank_grad", launcher(multi_grad_params, cpu::multi_lowrank_grad));

@@ -53,7 +53,7 @@ template <DType dtype, bool dropout, bool PAIRS>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
   float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(lines_of(p, cols)), *pairs = scratch.next(ROWS * pairs_ld(p));
   if (!PAIRS && p.v.col_stride == 1 && !p.v.col_index)
-    for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch(p.v, n, 0, p.R);
+    for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch<2>(p.v, n, 0, p.R);
   if (PAIRS)
     pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
   else
@@ -113,7 +113,7 @@ void add_lowrank(const AddLowrank& p) {
   if (p.M == 0 || p.N == 0) return;
   const int64_t fits = larger(48, PANEL_FLOATS / larger(p.R, 1) / 48 * 48);
   const bool pairs = paired(p.y, p.v);
-  const int64_t block_cols = smaller(smaller(fits, pairs && p.M <= 4 * ROWS ? COLUMNS_FEW : COLUMNS_MAX), round_up(p.N, 48));
+  const int64_t block_cols = smaller(smaller(fits, p.M <= 4 * ROWS ? COLUMNS_FEW : COLUMNS_MAX), round_up(p.N, 48));
   const Grid grid = {&p, block_cols, ceil_div(p.N, block_cols)};
   const int64_t count = ceil_div(p.M, BLOCK_ROWS) * grid.column_blocks;
   switch (p.y.dtype) {

@@ -26,7 +26,7 @@ static void pack(const Down& d, int64_t k0, float* panel, float* lines) {
   for (int i = 0; i < d.p->parts; ++i) {
     const LowrankDown::Part& part = d.p->part[i];
     const int64_t padded = round_up(part.R, VL);
-    for (int64_t r = 0; PAIRS && r < part.R; ++r) prefetch(part.A, r, k0 + columns, smaller(BLOCK, d.p->K - k0 - columns));
+    for (int64_t r = 0; r < part.R; ++r) prefetch<PAIRS ? 3 : 2>(part.A, r, k0 + columns, smaller(BLOCK, d.p->K - k0 - columns));
     if (PAIRS)
       pack_words(turned(part.A), k0, columns, 0, part.R, padded, d.width, reinterpret_cast<uint64_t*>(panel), lines);
     else

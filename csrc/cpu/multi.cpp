@@ -2,7 +2,9 @@
 // for a row does not depend on the rows beside it. Compiled once: the kernels are those of the instruction set in use.
 #include "multi.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -74,6 +76,33 @@ void each(const Params& p, int64_t columns, void (*run)(const Params&, int64_t, 
     parallel_for(s.E, rows * columns * s.R, segments<Params>, &call);
 }
 
+// The rows sorted by adapter, by counting: starts[e] first counts, then says where the next row of adapter e goes. Place 0 is of
+// rows without adapter, place E + 1 of those whose id is none.
+template <class Id>
+void route(const Route& p) {
+  const Id* ids = static_cast<const Id*>(p.ids);
+  const auto place = [&](int64_t row) {
+    const int64_t id = ids[row * p.stride];
+    return id < -1 || id >= p.E ? p.E + 1 : id + 1;
+  };
+  int64_t* next = p.starts;  // of places 1 to E + 1
+  int64_t without = 0;
+  std::fill(next, next + p.E + 1, 0);
+  for (int64_t row = 0; row < p.M; ++row) {
+    const int64_t at = place(row);
+    ++(at ? next[at - 1] : without);
+  }
+  int64_t before = without;
+  for (int64_t e = 0; e <= p.E; ++e) before += std::exchange(next[e], before);
+  int64_t first = 0;
+  for (int64_t row = 0; row < p.M; ++row) {
+    const int64_t at = place(row);
+    p.order[at ? next[at - 1]++ : first++] = row;
+  }
+  std::copy_backward(next, next + p.E, next + p.E + 1);  // where an adapter's rows end, the next one's begin
+  next[0] = without;
+}
+
 // What has an id that is none gets no answer.
 void refuse_rows(const MultiAdd& p) {
   const Segments& s = p.segments;
@@ -90,6 +119,8 @@ void refuse_rows(const MultiAdd& p) {
 }
 
 }  // namespace
+
+void multi_route(const Route& p) { p.wide ? route<int64_t>(p) : route<int32_t>(p); }
 
 void multi_lowrank_down(const MultiDown& p) {
   each<MultiDown>(p, p.K * p.parts, [](const MultiDown& p, int64_t e, int64_t begin, int64_t rows) {

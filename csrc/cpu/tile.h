@@ -125,11 +125,13 @@ constexpr int64_t BLOCK = 256;                // columns of a block: its rows an
 constexpr int64_t BLOCK_LD = BLOCK + 16;      // an odd number of cache lines, so that a column spreads over the sets
 
 // A stripe's rows lie too far apart for the processor to guess the next one.
+// LOCALITY 2: to the second cache, where so much comes at a time that it would push out of the first what is in use.
+template <int LOCALITY = 3>
 LK_INLINE void prefetch(const Matrix& m, int64_t row, int64_t column, int64_t count) {
   const int64_t size = m.dtype == DType::f32 ? 4 : 2;
   const char* at = static_cast<const char*>(m.data) + (place(m, row) * m.row_stride + column) * size;
   if (m.col_stride == 1)
-    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b);
+    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b, 0, LOCALITY);
 }
 
 // Rows m0.. and columns c0.. of a matrix (at most BLOCK of them, c0 a multiple of 8) as float32, copied to out (row length

@@ -12,7 +12,7 @@ import os
 import warnings
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad", "nf4_linear_lowrank", "dequantize_nf4", "quantize_nf4", "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad")
+PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad", "nf4_linear_lowrank", "dequantize_nf4", "quantize_nf4", "multi_route", "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad")
 
 # No kernel of this library has been timed on a GPU yet: there the composition of torch's own products is the default,
 # and "triton" and "cuda" are opt-in.

@@ -105,6 +105,13 @@ def nf4_linear_lowrank(
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
 
 
+def multi_route(ids, E):
+    """order and starts of adapter ids (M,), int32 or int64: counted and put in their places, in C++."""
+    order, starts = ids.new_empty(ids.shape, dtype=torch.int64), ids.new_empty(E + 1, dtype=torch.int64)
+    module().multi_route(ids.data_ptr(), ids.dtype == torch.int64, len(ids), ids.stride(0), E, order.data_ptr(), starts.data_ptr())
+    return order, starts
+
+
 def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, thresholds, splits):
     """u (splits,M,R), whose sum is drop(x) A_e^T of each row's adapter e, float32, not written elsewhere, in C++: all of it in the first."""
     (E, R, K), parts = A.shape, 1

@@ -6,7 +6,7 @@ import torch
 
 from . import native, reference, triton
 from .nf4_path import FEW, FUSED, nf4_path
-from .reference import base_product, nf4_product
+from .reference import base_product, multi_route, nf4_product  # noqa: F401
 
 
 @functools.lru_cache(maxsize=None)

@@ -162,6 +162,12 @@ TILE_ROWS = 16
 FEW_ROWS, SPLIT_DEPTH, MOST_SPLITS = 256, 512, 8  # below a wave of programs for each adapter; u's bytes stay below B's
 
 
+def multi_route(ids, E):
+    """order and starts of adapter ids (M,), int32 or int64: a stable sort. Nothing is read on the host."""
+    ordered, order = torch.sort(torch.where((ids < -1) | (ids > E), E, ids), stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(E + 1, dtype=ids.dtype, device=ids.device))
+
+
 def splits_of(M, K, device):
     """Of how many parts of K multi_lowrank_down makes u for M rows."""
     return 1 if device == "cpu" or M > FEW_ROWS else max(1, min(K // SPLIT_DEPTH, MOST_SPLITS))

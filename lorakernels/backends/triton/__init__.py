@@ -13,7 +13,7 @@ from ... import dropout
 from ...nf4 import floats_of
 from ..native import lowrank_grad_results, quantize_nf4_results, unsupported
 from ..nf4_path import FEW, FUSED, nf4_path
-from ..reference import TILE_ROWS, base_product, nf4_product, stack_shape, tiles_of
+from ..reference import TILE_ROWS, base_product, multi_route, nf4_product, stack_shape, tiles_of  # noqa: F401
 
 
 def why_not(device_type, dtype):
