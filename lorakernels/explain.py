@@ -59,7 +59,7 @@ def _describe(kind, packed, device, dtype, adapter_dtype, dropout_p, merged, lay
     if not one and not packed:
         lines.append("  x W^T + bias: F.linear")
     for name in ("lowrank_down", product, "lowrank_grad") if one else (*([product] if packed else []), "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad"):
-        function = backends.select(name, device, dtype)
+        function = getattr(backends.chosen(device, dtype), name)
         lines.append(f"  {name}: {function.__module__.rpartition('backends.')[2]}: {' '.join(function.__doc__.partition(chr(10) * 2)[0].split())}")
     if packed and tokens is not None:
         for layer in {(layer.out_features, layer.in_features): layer for layer in layers}.values():

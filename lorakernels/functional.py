@@ -164,7 +164,7 @@ def pooled_down(x, rows_A, routed, ranks, pages):
     """u of multi_lora_linear for the G parts of rank rows (P, G, K) that share x, ranks (G, E): (S, M, G * R), in the order of `routed`."""
     dtype = _autocast_dtype(x)
     x = ops.rows(x if dtype is None else x.to(dtype))
-    return multi_ops.multi_lowrank_down(x, rows_A, *routed, ranks, pages, None, None, multi_ops.splits_of(*x.shape, x.device.type))
+    return multi_ops.down(ops.way(x, rows_A), x, rows_A, *routed, ranks, pages, None, None)
 
 
 def routed_linear(x, weight, bias, lora_A, lora_B, scaling, routed, ranks, pages=None, u=None, thresholds=None):
@@ -207,6 +207,8 @@ def _kind(value):
 def _autocast_dtype(x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a Tensor, got {_kind(x)}")
+    if not torch._C._is_any_autocast_enabled():  # which, unlike the question below, costs nothing
+        return None
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import flops
+from .backends import kind
 from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
-from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows
+from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows, way
 
 
 @primitive("multi_route(Tensor ids, int E) -> (Tensor, Tensor)", dtype_of=lambda arguments: torch.float32)
@@ -54,16 +54,24 @@ class Routed(NamedTuple):
 
 def route(ids, E):
     """Routed rows of adapter ids (M,). On a GPU nothing is read on the host, and sizes depend on shapes alone."""
-    order, starts = multi_route(ids, E)
-    return Routed(order, starts, None if ids.device.type == "cpu" else tiles_of(starts, len(ids)))
+    order, starts = way(ids, dtype=torch.float32).multi_route(ids, E)
+    return Routed(order, starts, None if ids.is_cpu else tiles_of(starts, len(ids)))
 
 
-def base(x, W, scales, turned, bias):
+def base(run, x, W, scales, turned, bias):
     """x W^T + bias, or x W where turned: what F.linear computes, bit for bit, where W is dense."""
     if scales is not None:
-        return product(x, W, scales, turned, None, None, 1.0, bias, None, None, 0.0)
+        return product(run, x, W, scales, turned, None, None, 1.0, bias, None, None, 0.0)
+    w = W.t() if turned else W
+    if not torch._C._is_any_autocast_enabled():  # without the context: 60 us of a decode step
+        return torch.nn.functional.linear(x, w, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x, W.t() if turned else W, bias)
+        return torch.nn.functional.linear(x, w, bias)
+
+
+def down(run, x, A, *segments):
+    """u of rows x (M, K), in as many parts of K as pay there."""
+    return run.multi_lowrank_down(x, A, *segments, splits_of(*x.shape, kind(x)))
 
 
 class MultiLoraLinear(torch.autograd.Function):
@@ -95,12 +103,13 @@ class MultiLoraLinear(torch.autograd.Function):
         x = None if x is None else rows(x)
         dx = dW = dA = dB = dbias = None
         segments = (order, starts, tiles, ranks, pages, seed, thresholds)
+        run = way(dy, x, W, A, B, u)
         if need_x or need_A or need_B:
-            du, dA, dB = multi_lowrank_grad(dy, x if need_A else None, u if need_B else None, B, scaling, *segments, dtypes[1])
+            du, dA, dB = run.multi_lowrank_grad(dy, x if need_A else None, u if need_B else None, B, scaling, *segments, dtypes[1])
             dA, dB = dA if need_A else None, dB.to(dtypes[2]) if need_B else None
         if need_x:
-            dx = base(dy, W, None if absmax is None else (absmax, nested, ctx.format), True, None)
-            multi_add_lowrank(dx, du[None], A.transpose(1, 2), None, *segments)
+            dx = base(run, dy, W, None if absmax is None else (absmax, nested, ctx.format), True, None)
+            run.multi_add_lowrank(dx, du[None], A.transpose(1, 2), None, *segments)
             dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
@@ -115,17 +124,16 @@ def forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed,
     x, W, bias = cast(dtype, x, W, bias)
     A, B = (A, B) if pages is not None else cast(dtype, A, B)
     x_rows = rows(x)
-    y = base(x_rows, W, None if absmax is None else (absmax, nested, format), False, bias)
+    run = way(x_rows, W, A, B, bias)
+    y = base(run, x_rows, W, None if absmax is None else (absmax, nested, format), False, bias)
     if u is None:
-        u = multi_lowrank_down(x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds, splits_of(*x_rows.shape, x.device.type))
-    multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
+        u = down(run, x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds)
+    run.multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
     return in_shape(y, x.shape), u
 
 
 def multi_lora_linear(x, W, A, B, bias, *rest):
     """MultiLoraLinear, without the Function where no gradient can be asked for."""
-    if not torch.compiler.is_compiling():
-        flops.register()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, A, B, bias)):
         return MultiLoraLinear.apply(x, W, A, B, bias, *rest)
     return forward(x, W, A, B, bias, *rest)[0]

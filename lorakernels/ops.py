@@ -2,7 +2,7 @@
 
 M rows of x (tokens), K in_features, N out_features, R rank; W (N,K), A (R,K), B (N,R).
 A primitive is opaque to torch.compile; its body is a backend's function of the same name. Primitives have no autograd of
-their own: gradients come from the Functions below.
+their own: gradients come from the Functions below, which call them by `way`.
 """
 
 import functools
@@ -26,19 +26,16 @@ def primitive(schema, dtype_of=lambda arguments: arguments[0].dtype):
         def body(*arguments):
             if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in _flat(arguments)):
                 raise RuntimeError(f"{qualified} does not support automatic differentiation; lorakernels.functional does, and torch.no_grad() asks for none")
-            return backends.select(name, arguments[0].device.type, dtype_of(arguments))(*arguments)
+            return getattr(backends.chosen(backends.kind(arguments[0]), dtype_of(arguments)), name)(*arguments)
 
         torch.library.impl(qualified, "CompositeExplicitAutograd")(body)
         operator = getattr(torch.ops.lorakernels, name).default
 
         @functools.wraps(shape_rule)
         def call(*arguments):
-            if not _plain(arguments):
-                return operator(*sharding.prepared(arguments))
-            if _watched() or arguments[0].is_meta:
-                return operator(*arguments)
-            return body(*arguments)
+            return operator(*(arguments if _plain(arguments) else sharding.prepared(arguments)))
 
+        setattr(Operators, name, staticmethod(call))
         return call
 
     return register
@@ -48,6 +45,22 @@ def _flat(arguments):
     """The arguments, those of lists too."""
     for argument in arguments:
         yield from argument if isinstance(argument, (list, tuple)) else (argument,)
+
+
+class Operators:
+    """The primitives by torch's dispatcher, which shows them to whoever looks at operators."""
+
+
+def way(x, *tensors, dtype=None):
+    """By what to call the primitives for x and what else they take: a backend's module where these are plain tensors and nobody looks
+    at operators, for the dispatcher costs more than the call of a kernel; else Operators. Their arguments need no gradient.
+    dtype: the base's, where it is not x's."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return Operators
+    if type(x) not in PLAIN or _watched() or x.is_meta:
+        return Operators
+    return backends.chosen(backends.kind(x), dtype or x.dtype)
 
 
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
@@ -62,12 +75,14 @@ def _plain(arguments):
 
 
 def _watched():
-    """Whether somebody (torch.compile, a dispatch mode, the profiler, torch.jit.trace, torch.vmap) looks at operators. Where
-    nobody does, a primitive's body is called without the dispatcher, which costs more than the call of a kernel."""
+    """Whether somebody (torch.compile, a dispatch mode, the profiler, torch.jit.trace, torch.vmap) looks at operators."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0:
+        flops.register()  # torch's FLOP counter is such a mode
+        return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.profiler._is_profiler_enabled
+        torch.autograd.profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -147,13 +162,13 @@ def gradient(tensor, shape, dtype):
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def product(x, W, scales, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
+def product(run, x, W, scales, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     """x W^T, or x W where turned, + bias + scaling (drop'(u v^T) + lowrank_bias). W is dense where scales is None; else it is
-    NF4's packed codes and scales (absmax, nested, its Format)."""
+    NF4's packed codes and scales (absmax, nested, its Format). run: way's."""
     if scales is None:
-        return linear_lowrank(x, W.t() if turned else W, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+        return run.linear_lowrank(x, W.t() if turned else W, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
     absmax, nested, format = scales
-    return nf4_linear_lowrank(x, W, absmax, nested, *format, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
+    return run.nf4_linear_lowrank(x, W, absmax, nested, *format, turned, u, v, scaling, bias, lowrank_bias, seed, dropout_p)
 
 
 def cast(dtype, *tensors):
@@ -165,8 +180,9 @@ def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, scales
     """y and u of LoraLinear."""
     x, W, A, B, bias, lora_bias = cast(dtype, x, W, A, B, bias, lora_bias)
     x_rows = rows(x)
-    u = lowrank_down(x_rows, [A], seed, dropout_p)
-    y = product(x_rows, W, scales, False, u, B, scaling, bias, lora_bias, None, 0.0)
+    run = way(x_rows, W, A, B, bias, lora_bias)
+    u = run.lowrank_down(x_rows, [A], seed, dropout_p)
+    y = product(run, x_rows, W, scales, False, u, B, scaling, bias, lora_bias, None, 0.0)
     return in_shape(y, x.shape), u
 
 
@@ -208,15 +224,16 @@ class LoraLinear(torch.autograd.Function):
         x, W, A, B = cast(ctx.dtype, x, W, A, B)
         dy = rows(dy)
         x = None if x is None else rows(x)
+        run = way(dy, x, W, A, B, u)
         dx = dW = dA = dB = dbias = dlora_bias = None
         if need_x or need_A or need_B:
-            du, dA, dB = lowrank_grad(
+            du, dA, dB = run.lowrank_grad(
                 dy, x if need_A else None, u if need_B else None, B if need_x or need_A else None, seed, ctx.dropout_p, ctx.scaling, weight_dtypes[1]
             )
             dA = dA if need_A else None
             dB = gradient(dB, dB.shape, weight_dtypes[2]) if need_B else None
         if need_x:
-            dx = product(dy, W, packed_scales(absmax, nested, ctx.format), True, du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
+            dx = product(run, dy, W, packed_scales(absmax, nested, ctx.format), True, du, A.t(), 1.0, None, None, seed, ctx.dropout_p)
             dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if need_W:
             with torch.autocast(dy.device.type, enabled=False):
@@ -245,7 +262,7 @@ class NF4Linear(torch.autograd.Function):
         dy = rows(dy)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy, packed, (absmax, nested, ctx.format), True, None, None, 1.0, None, None, None, 0.0)
+            dx = product(way(dy, packed), dy, packed, (absmax, nested, ctx.format), True, None, None, 1.0, None, None, None, 0.0)
             dx = gradient(dx, ctx.x_shape, ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
@@ -254,14 +271,13 @@ class NF4Linear(torch.autograd.Function):
 
 def nf4_forward(x, bias, dtype, packed, absmax, nested, format):
     x, bias = cast(dtype, x, bias)
-    y = product(rows(x), packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
+    x_rows = rows(x)
+    y = product(way(x_rows, packed, bias), x_rows, packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
     return in_shape(y, x.shape)
 
 
 def nf4_linear(x, weight, bias, dtype):
     """NF4Linear, without the Function where no gradient can be asked for. weight: an NF4Tensor."""
-    if not torch.compiler.is_compiling():
-        flops.register()
     arguments = (x, bias, dtype, weight.packed, weight.absmax, weight.nested, weight.format)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return NF4Linear.apply(*arguments)
@@ -270,8 +286,6 @@ def nf4_linear(x, weight, bias, dtype):
 
 def lora_linear(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, absmax=None, nested=None, format=None):
     """LoraLinear, without the Function where no gradient can be asked for."""
-    if not torch.compiler.is_compiling():
-        flops.register()
     arguments = (x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in arguments[:6]]):
         return LoraLinear.apply(*arguments, absmax, nested, format)

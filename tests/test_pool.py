@@ -109,8 +109,8 @@ def test_a_served_model(backend, device, dtype):
 def test_layers_that_share_x_share_one_product(monkeypatch):
     plain, model, pool, _ = served()
     pool.add("a", adapter_of(plain, 4, 1))
-    widths, down = [], multi_ops.multi_lowrank_down
-    monkeypatch.setattr(multi_ops, "multi_lowrank_down", lambda x, A, *rest: widths.append(A.shape[1]) or down(x, A, *rest))
+    widths, down = [], multi_ops.down
+    monkeypatch.setattr(multi_ops, "down", lambda run, x, A, *rest: widths.append(A.shape[1]) or down(run, x, A, *rest))
     x = torch.randn(2, 24)
     with torch.no_grad(), pool.route(["a", None]):
         first = model(x)

@@ -61,9 +61,14 @@ def _choose(forced, device_type, dtype):
     return load(name)
 
 
-def select(primitive, device_type, dtype):
-    """The function that runs `primitive` for a base of `dtype` on `device_type`."""
-    return getattr(_choose(_forced, device_type, dtype), primitive)
+def kind(tensor):
+    """The type of a tensor's device. tensor.device.type makes two objects for it: 20 us of a decode step, whose caches are cold."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+def chosen(device_type, dtype):
+    """The module whose functions run the primitives for a base of `dtype` on `device_type`."""
+    return _choose(_forced, device_type, dtype)
 
 
 def forced():
