@@ -14,16 +14,22 @@ COLUMNS = ("row", "who", "median ms", "p10 – p90", "÷ base", "÷ ours", "erro
 def about(data):
     """Lines that say what was measured where."""
     header = data["header"]
-    yield f"{header['timings']}: {header['device']}, {header['threads']} threads at most, load {header['load']}; {header['date']}, revision {header['revision']}"
+    yield f"{header['timings']}: {header['device']}, {header['threads']} threads at most, revision {header['revision']}"
     yield f"lorakernels {header['lorakernels']} ({header['native kernels']}), torch {header['torch']}, Python {header['python']}, {header['system']}"
     yield "others: " + (", ".join(f"{name} {version}" for name, version in header["peers"].items()) or "none installed")
     for key in ("clock", "gpu", "cuda", "triton"):
         if header.get(key):
             yield f"{key}: {header[key]}"
-    for key, ceiling in data["ceilings"].items():
-        dtype, threads = key.split()
-        place = f", {threads} thread{'s' * (threads != '1')}" if threads != "0" else ""
-        yield f"ceilings, {dtype}{place}: copy {ceiling['copy'] / 1e9:.1f} GB/s, read {ceiling['read'] / 1e9:.1f} GB/s, product {ceiling['matmul'] / 1e12:.3f} TFLOP/s"
+    sittings = [*data.get("earlier", ()), data]
+    for number, sitting in enumerate(sittings):
+        rows = sum(row.get("sitting", len(sittings) - 1) == number for row in data["rows"])
+        if not rows:
+            continue
+        yield f"{sitting['header']['date']}, load {sitting['header']['load']}: {rows} rows, with these ceilings"
+        for key, ceiling in sitting["ceilings"].items():
+            dtype, threads = key.split()
+            place = f", {threads} thread{'s' * (threads != '1')}" if threads != "0" else ""
+            yield f"{dtype}{place}: copy {ceiling['copy'] / 1e9:.1f} GB/s, read {ceiling['read'] / 1e9:.1f} GB/s, product {ceiling['matmul'] / 1e12:.3f} TFLOP/s"
     if data["interrupted"]:
         yield "interrupted: the rows below were done"
     if data["left_out"]:
@@ -100,7 +106,7 @@ def write(path, folder=None):
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots(data, Path(path).with_suffix("") if folder == Path(__file__).resolve().parent else folder)
     rows, text = rows_of(data), ["# Benchmark results", "", *(f"{line}  " for line in about(data)), ""]
-    text += ["Times of all rounds of all passes, contenders in turn; ÷ base and ÷ ours: the median of the rounds' own ratios. The error is the", "largest of a row's results against float64, over that of PEFT's eager formula in the same dtypes; where it breaks the tests' error", "rule the row says WRONG and shows no time. Roofline: what the bytes or the products of the work", "take at the ceilings above (the best of the run's beginning and end), over the time.", ""]
+    text += ["Times of all rounds of all passes, contenders in turn; ÷ base and ÷ ours: the median of the rounds' own ratios. The error is the", "largest of a row's results against float64, over that of PEFT's eager formula in the same dtypes; where it breaks the tests' error", "rule the row says WRONG and shows no time. Roofline: what the bytes or the products of the work", "take at the ceilings above (the best of each sitting's beginning and end), over the time.", ""]
     for title, texts, nothing in sections(rows, data["header"]["native kernels"]):
         text += [f"## {title}", "", *(f"- {line}" for line in texts or [nothing]), ""]
     for op in dict.fromkeys(row.case.op for row in rows):

@@ -19,9 +19,10 @@ def quantile(values, share):
 class Row:
     """One row of a file, with what is asked of it."""
 
-    def __init__(self, data, ceilings):
+    def __init__(self, data, file):
         self.data, self.case = data, Case(**data["case"])
-        self.ceiling = ceilings[f"{self.case.dtype} {self.case.threads}"]
+        sitting = file["earlier"][data["sitting"]] if "sitting" in data else file
+        self.ceiling = sitting["ceilings"][f"{self.case.dtype} {self.case.threads}"]
         self.names = list(data["passes"][0])
         self.base = self.names[0]
 
@@ -79,7 +80,7 @@ def load(path):
 
 
 def rows_of(data):
-    return [Row(row, data["ceilings"]) for row in data["rows"]]
+    return [Row(row, data) for row in data["rows"]]
 
 
 def save(data, path):

@@ -128,8 +128,8 @@ def one_pass(case, options, rows, deadline):
 def run(options, progress, before=None):
     """{"header", "ceilings", "rows", "left_out", "failed"}. progress: called as (done, of, text, row or None) after each step.
 
-    before: such a result, of an earlier run on this machine, whose rows are kept and not measured again. A KeyboardInterrupt ends it,
-    and what is done is kept: "interrupted" is then true.
+    before: such a result, of an earlier run on this machine, whose rows are kept and not measured again, with its header and ceilings
+    among "earlier", where their "sitting" says. A KeyboardInterrupt ends it, and what is done is kept: "interrupted" is then true.
     """
     start, threads_before = time.perf_counter(), torch.get_num_threads()
     deadline = start + options.budget if options.budget else float("inf")
@@ -137,12 +137,13 @@ def run(options, progress, before=None):
     for name in peers.PACKAGES:
         peers.why_not(name)  # here, and quietly: others import some of them with less manners
     data = {"header": machine.header(options.device), "ceilings": {}, "rows": [], "left_out": [], "failed": [], "interrupted": False}
-    rows, speed = {}, {}
+    rows, speed, known = {}, {}, {}
+    if before:
+        data["earlier"] = [*before.get("earlier", ()), {key: before[key] for key in ("header", "ceilings")}]
+        known = {Case(**row["case"]): {"sitting": len(data["earlier"]) - 1} | row for row in before["rows"]}
+        rows = dict(known)
     try:
         data["ceilings"] = ceilings_of(options, cases)
-        known = {Case(**row["case"]): row for row in before["rows"]} if before else {}
-        if known:
-            rows, data["ceilings"] = dict(known), before["ceilings"] | data["ceilings"]
         todo = [(number, case) for number in range(options.passes) for case in cases if case not in known or len(known[case]["passes"]) <= number]
         for done, (number, case) in enumerate(todo):
             progress(done, len(todo), f"{case.op} {case.mode} {case.label()}", None)
@@ -172,6 +173,10 @@ def run(options, progress, before=None):
     finally:
         torch.set_num_threads(threads_before)
     data["rows"] = [row for row in rows.values() if row["passes"]]
+    if before:  # what was not asked for again, and has no row yet
+        settled = {case.key() for case in cases} | {Case(**row["case"]).key() for row in data["rows"]}
+        for what in ("left_out", "failed"):
+            data[what] += [text for text in before[what] if text.partition(": ")[0] not in settled]
     data["header"]["seconds"] = round(time.perf_counter() - start)
     return data
 

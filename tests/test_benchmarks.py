@@ -50,9 +50,26 @@ def test_report_and_compare_and_resume(tiny):
     assert "CPU timings, not GPU results" in text and "## Rows that lose to someone" in text and "](lora.png)" in text
     done = command("compare", folder / "a.json", folder / "a.json")
     assert done.returncode == 0 and "mean of rows: +0.0 %" in done.stdout
-    before = json.loads((folder / "a.json").read_text())["rows"]
-    done = command("run", *TINY, "--json", folder / "a.json", "--resume")
-    assert done.returncode == 0 and json.loads((folder / "a.json").read_text())["rows"] == before
+
+
+def test_resumed_rows_stay_with_their_sitting(tiny, tmp_path):
+    """What was measured is not measured again, and is held against the ceilings of its own time; what did not fit is still said."""
+    from benchmarks import report
+
+    _, results, *_ = suite()
+    before, file = json.loads((tiny[0] / "a.json").read_text()), tmp_path / "a.json"
+    file.write_text(json.dumps(before | {"left_out": ["a row of another day"], "failed": ["another row: an error: of its own"]}))
+    done = command("run", *TINY, "--ranks", "16,3", "--json", file, "--resume")
+    assert done.returncode == 1, done.stderr  # for what failed
+    after = json.loads(file.read_text())
+    assert after["left_out"] == ["a row of another day"] and after["failed"] == ["another row: an error: of its own"]
+    (kept,) = [row for row in after["rows"] if "sitting" in row]
+    assert kept == before["rows"][0] | {"sitting": 0} and len(after["rows"]) == 2
+    assert after["earlier"] == [{"header": before["header"], "ceilings": before["ceilings"]}]
+    after["earlier"][0]["ceilings"] = {"float32 1": {"copy": 1, "read": 1, "matmul": 1}}
+    assert {row.ceiling["copy"] == 1 for row in results.rows_of(after)} == {True, False}
+    said = list(report.about(after))
+    assert f"{before['header']['date']}, load {before['header']['load']}: 1 rows, with these ceilings" in said and "1 rows did not fit the budget" in said
 
 
 def test_bad_arguments_are_named():
@@ -88,7 +105,7 @@ def test_a_wrong_result_has_no_time():
     assert not judged["lorakernels"]["match"] and judged["addmm_"]["match"]
     times = {c.name: [1.0, 1.0] for c in work.contenders}
     data = {"case": vars(case), "flops": 1, "bytes": 1, "passes": [times], "judged": judged, "memory": {}, "skipped": {}}
-    row = results.Row(data, {f"{case.dtype} {case.threads}": {"copy": 1, "read": 1, "matmul": 1}})
+    row = results.Row(data, {"ceilings": {f"{case.dtype} {case.threads}": {"copy": 1, "read": 1, "matmul": 1}}})
     assert row.best is None
     shown = {cells[0]: cells for cells in report.lines(row)}
     assert "WRONG" in shown["lorakernels"][5] and shown["lorakernels"][1] == "" and shown["addmm_"][1] != ""
@@ -207,7 +224,7 @@ def test_marks_are_the_design_s():
     case = {"op": "lora", "mode": "fwd+bwd", "shapes": "design", "M": 512, "K": 2048, "N": 2048, "R": 16, "threads": 1}
     judged = {name: {"error": 1.0, "bound": 0.5, "match": True} for name in ("lorakernels", "PEFT")}
     row = lambda ours, **more: results.Row({"case": case | more, "flops": 1, "bytes": 1, "judged": judged, "passes": [{"base": [1.0], "lorakernels": [ours], "PEFT": [1.2]}]},
-                                           {"float32 1": {"copy": 1, "read": 1, "matmul": 1}})  # fmt: skip
+                                           {"ceilings": {"float32 1": {"copy": 1, "read": 1, "matmul": 1}}})  # fmt: skip
     (good,), (bad,), (dropped,) = marks(row(1.06), "avx2"), marks(row(1.08), "avx2"), marks(row(1.08, p=0.1), "avx2")
     assert met(good) and not met(bad) and met(dropped) and (round(good[1], 9), good[2]) == (1.06, 1.07)
     assert marks(row(1.0, M=64), "avx2") == []
@@ -343,4 +360,4 @@ def test_the_gpu_pass_runs_dry_and_goes_on(tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     again = run()
     assert again.returncode == 0 and "tune: done before" in again.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == [row | {"sitting": 0} for row in rows]

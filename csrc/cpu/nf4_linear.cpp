@@ -82,9 +82,6 @@ static void tasks(int64_t begin, int64_t end, void* context) {
   const Form form;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n0 = t * COLUMNS, columns = smaller(COLUMNS, p.w.N - n0);
-    float bias[COLUMNS] = {};
-    if (p.bias.data)
-      for (int64_t c = 0; c < columns; ++c) bias[c] = load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride);
     for (int64_t m = 0; m < M; m += GROUP) {
       const int64_t rows = smaller(GROUP, M - m);
       const auto* x = call.x + m * call.x_ld;
@@ -95,10 +92,7 @@ static void tasks(int64_t begin, int64_t end, void* context) {
         case 3: dot_group<3>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
         default: dot_group<GROUP>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) out[r][c] += bias[c];
-        store_row_any(p.lowrank.y, m + r, n0, columns, out[r], 1.0f);
-      }
+      for (int64_t r = 0; r < rows; ++r) store_sums(p, m + r, n0, columns, out[r]);
     }
   }
 }

@@ -1,38 +1,17 @@
 // y = x W^T + bias on packed NF4, or y = x W + bias where turned, without the low-rank term, for many rows of x: tiles of W are decoded
-// on their way to the product. Compiled once per instruction set (CMakeLists.txt), see vec.h.
+// on their way to the product, here to float32, in nf4_pairs.h to bfloat16. Compiled once per instruction set (CMakeLists.txt), see vec.h.
 //
 // A sum over the depth runs in blocks, in their order, whatever the tile: bits depend on K and N alone, not on threads or a row's place.
+#include "nf4_product.h"
+
 #include "kernels.h"
-#include "nf4_runs.h"
-#include "pairs.h"
+#include "nf4_pairs.h"
 #include "parallel.h"
 
 namespace lk::cpu {
 namespace {
 
-constexpr int64_t WIDE = 128;  // columns of a task at most; where they lie along W's rows, a cache line of codes
-constexpr int64_t TALL = 256;  // rows of x of a task
-
-struct Call {
-  const NF4Linear* p;
-  bool turned;
-  int64_t columns, wide;  // of y; of a task
-  const uint32_t* x = nullptr;  // lay_out_pairs, of x's rows m0 ... m1
-  int64_t m0 = 0, m1 = 0, rows = 0;  // how many they are, rounded up to whole REST
-};
-
-static void store_rows(const NF4Linear& p, int64_t m, int64_t n0, int64_t columns, float* out) {
-  for (int64_t c = 0; p.bias.data && c < columns; ++c) out[c] += load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride);
-  store_row_any(p.lowrank.y, m, n0, columns, out, 1.0f);
-}
-
-// Codes that are needed some rows of W later: rows lie too far apart for the processor to guess.
-LK_INLINE void prefetch_codes(const NF4Weight& w, int64_t n, int64_t k) {
-  constexpr int64_t ROWS = 16;
-  if (n + ROWS < w.N) __builtin_prefetch(w.packed + ((n + ROWS) * w.K + k) / 2, 0, 2);
-}
-
-// -- in float32 ----------------------------------------------------------------------------------------------------------------------
+constexpr int64_t TASK_ROWS = 256;  // of x
 
 // panel[n * WIDE + k]: columns k0.. of rows n0.. of W
 static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, float* panel) {
@@ -72,14 +51,14 @@ constexpr int64_t LINES = BLOCK / WORD * (WIDE + TURN) + 2 * TURN * BLOCK;  // f
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Call& g = *static_cast<const Call*>(context);
   const NF4Linear& p = *g.p;
-  const int64_t depth = g.turned ? p.w.N : p.w.K, row_blocks = ceil_div(p.lowrank.M, TALL);
+  const int64_t depth = g.turned ? p.w.N : p.w.K, row_blocks = ceil_div(p.lowrank.M, TASK_ROWS);
   const Decoder decoder;
   const auto decode_turned = p.w.K % SHARE == 0 ? decode_words : decode_columns;
-  Scratch scratch(WORKER, BLOCK * WIDE + TALL * (WIDE + BLOCK_LD) + LINES);
-  float *panel = scratch.next(BLOCK * WIDE), *sums = scratch.next(TALL * WIDE), *block = scratch.next(TALL * BLOCK_LD), *lines = scratch.next(LINES);
+  Scratch scratch(WORKER, BLOCK * WIDE + TASK_ROWS * (WIDE + BLOCK_LD) + LINES);
+  float *panel = scratch.next(BLOCK * WIDE), *sums = scratch.next(TASK_ROWS * WIDE), *block = scratch.next(TASK_ROWS * BLOCK_LD), *lines = scratch.next(LINES);
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t m0 = t % row_blocks * TALL, c0 = t / row_blocks * g.wide;
-    const int64_t rows = smaller(TALL, p.lowrank.M - m0), columns = smaller(g.wide, g.columns - c0);
+    const int64_t m0 = t % row_blocks * TASK_ROWS, c0 = t / row_blocks * g.wide;
+    const int64_t rows = smaller(TASK_ROWS, p.lowrank.M - m0), columns = smaller(g.wide, g.columns - c0);
     for (int64_t d = 0; d < depth; d += BLOCK) {
       const int64_t some = smaller(BLOCK, depth - d);
       if (g.turned)
@@ -89,206 +68,9 @@ static void tasks(int64_t begin, int64_t end, void* context) {
       const View x = view(p.x, m0, rows, d, some, {}, block);
       product({x.at, x.ld, 1, panel, WIDE, some, sums, WIDE, d > 0}, rows, ceil_div(columns, VL));
     }
-    for (int64_t m = 0; m < rows; ++m) store_rows(p, m0 + m, c0, columns, sums + m * WIDE);
+    for (int64_t m = 0; m < rows; ++m) store_sums(p, m0 + m, c0, columns, sums + m * WIDE);
   }
 }
-
-#ifdef LK_ISA_AVX512BF16
-// -- in pairs of bfloat16 --------------------------------------------------------------------------------------------------------------
-
-constexpr int64_t SIDE = 2 * VL;    // columns that a panel has
-constexpr int64_t TALLER = 512;     // rows of x that are laid out at a time
-constexpr int GROUP = 8, REST = 4;  // rows of x that meet a panel at once; x is filled up to whole REST with zeros
-
-// x as pairs of the depth: for each RUN of it the rows in groups, a group's pairs side by side. Of each 8 neighbours pair j is (2 j, 2 j + 1),
-// or, where W's codes come in another order (decode_lines), (j ^ 1, 4 + (j ^ 1)).
-static void lay_out_pairs(int64_t begin, int64_t end, void* context) {
-  const Call& g = *static_cast<const Call*>(context);
-  const Matrix& x = g.p->x;
-  const int64_t depth = g.turned ? g.p->w.N : g.p->w.K;
-  for (int64_t run = begin; run < end; ++run)
-    for (int64_t m = 0; m < g.rows; m += REST) {
-      const int64_t k0 = run * RUN, some = smaller(RUN, depth - k0);
-      const uint16_t* line[REST];
-      uint16_t copy[REST][RUN];
-      for (int64_t r = 0; r < REST; ++r) {
-        const uint16_t* from = static_cast<const uint16_t*>(x.data) + (g.m0 + m + r) * x.row_stride + k0 * x.col_stride;
-        line[r] = g.m0 + m + r < g.m1 && x.col_stride == 1 && some == RUN ? from : copy[r];
-        if (line[r] == copy[r])
-          for (int64_t k = 0; k < RUN; ++k) copy[r][k] = g.m0 + m + r < g.m1 && k < some ? from[k * x.col_stride] : uint16_t{0};
-      }
-      const int64_t group = m / GROUP * GROUP, wide = smaller(GROUP, g.rows - group);
-      uint32_t* to = const_cast<uint32_t*>(g.x) + run * (RUN / 2) * g.rows + RUN / 2 * group + (m - group);
-      for (int64_t k = 0; k < RUN; k += 8) {
-        __m128i pairs[REST];
-        for (int64_t r = 0; r < REST; ++r) {
-          const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line[r] + k));
-          pairs[r] = g.turned ? eight : _mm_shuffle_epi32(_mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)), 0xb1);
-        }
-        const __m128i a = _mm_unpacklo_epi32(pairs[0], pairs[1]), b = _mm_unpackhi_epi32(pairs[0], pairs[1]);
-        const __m128i c = _mm_unpacklo_epi32(pairs[2], pairs[3]), d = _mm_unpackhi_epi32(pairs[2], pairs[3]);
-        const __m128i across[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d), _mm_unpackhi_epi64(b, d)};
-        for (int64_t j = 0; j < 4; ++j) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (k / 2 + j) * wide), across[j]);
-      }
-    }
-}
-
-// sums[r][c] += scales[c] * the products of a panel and of x's pairs, `depth` of them in each of `runs` runs that lie x_step apart
-template <int ROWS>
-static void meet_group(const uint32_t* panel, const uint32_t* x, int64_t x_step, int64_t runs, int64_t depth, const float* scales, float* sums) {
-  Vec part[ROWS][2];
-  for (auto& row : part) row[0] = row[1] = zero();
-  for (; runs; --runs, x += x_step) {
-    const uint32_t* pairs = x;
-    for (int64_t d = 0; d < depth; ++d, panel += SIDE, pairs += ROWS) {
-      const __m512i low = _mm512_loadu_si512(panel), high = _mm512_loadu_si512(panel + VL);
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r]));
-        part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)low, pair);
-        part[r][1] = _mm512_dpbf16_ps(part[r][1], (__m512bh)high, pair);
-      }
-    }
-  }
-  const Vec low = load(scales), high = load(scales + VL);
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {  // unrolled, or the sums would go through memory
-    float* to = sums + r * SIDE;
-    store(to, fma(low, part[r][0], load(to)));
-    store(to + VL, fma(high, part[r][1], load(to + VL)));
-  }
-}
-
-// All of x's rows with a panel: `count` of the depth from k0 on. A scale of each column holds for `depth` of them, RUN and its
-// multiples or half of it.
-static void meet_panel(const Call& g, const uint32_t* panel, int64_t k0, int64_t count, int64_t depth, const float* scales, float* sums) {
-  const int64_t x_step = RUN / 2 * g.rows, within = smaller(depth, RUN);
-  for (int64_t m = 0; m < g.rows; m += GROUP) {
-    const int64_t wide = smaller(GROUP, g.rows - m);
-    const auto meet_rows = wide == GROUP ? meet_group<GROUP> : meet_group<REST>;
-    for (int64_t k = 0; k < count; k += depth) {
-      const uint32_t* x = g.x + (k0 + k) / RUN * x_step + RUN / 2 * m + k % RUN / 2 * wide;
-      meet_rows(panel + k / 2 * SIDE, x, x_step, smaller(depth, count - k) / within, within / 2, scales + k / depth * SIDE, sums + m * SIDE);
-    }
-  }
-}
-
-// x W^T: the depth runs along W's rows. A task owns SIDE columns, which are rows of W. Of each it takes 128 codes, a cache line, at a time.
-// Turned in registers, a vector's lane has four bytes of its row, 8 codes; words that are shifted by 4 j index the codes j ^ 1 and
-// 4 + (j ^ 1), a pair for a dot product. A block's sum runs over the codes alone and meets its columns' scales once.
-constexpr int64_t LINE = 64, LINE_CODES = 128;
-constexpr int64_t AHEAD = 512;  // codes that a row is brought into the second cache before they are needed
-
-// panel[d][0 ... 15]: 16 pairs of each of 16 rows of W, whose 16 bytes stand in lines
-LK_INLINE void decode_lines(const Pairs& pairs, const uint8_t* lines, uint32_t* panel) {
-  const auto four_rows = [&](int64_t r) __attribute__((always_inline)) {
-    const auto bytes = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lines + (r + i) * LINE)); };
-    __m512i rows = _mm512_castsi128_si512(bytes(0));
-    rows = _mm512_mask_broadcast_i32x4(rows, 0x00f0, bytes(4));
-    rows = _mm512_mask_broadcast_i32x4(rows, 0x0f00, bytes(8));
-    return _mm512_mask_broadcast_i32x4(rows, 0xf000, bytes(12));
-  };
-  const __m512i a = four_rows(0), b = four_rows(1), c = four_rows(2), d = four_rows(3);
-  const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d), AB = _mm512_unpackhi_epi32(a, b), CD = _mm512_unpackhi_epi32(c, d);
-  const __m512i words[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(AB, CD), _mm512_unpackhi_epi64(AB, CD)};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {  // the high half of a product is a shift that leaves the units for permutations to them
-      const __m512i index = j == 0 ? words[i] : _mm512_mulhi_epu16(words[i], _mm512_set1_epi16(static_cast<short>(1 << (16 - 4 * j))));
-      _mm512_storeu_si512(panel + (4 * i + j) * SIDE, _mm512_permutexvar_epi16(index, pairs.table));
-    }
-}
-
-// scales[run][c] of a task's columns, `depth` codes, 32 or 64, to a run: they are of one block
-static void lay_out_scales(const NF4Weight& w, int64_t n0, int64_t columns, int64_t depth, float* __restrict scales) {
-  const int64_t runs = w.K / depth;
-  const int shift = w.block_shift - (depth == RUN ? RUN_SHIFT : RUN_SHIFT - 1);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t i = 0, first = (n0 + c) * runs; i < runs; ++i) scales[i * SIDE + c] = scale_of(w, (first + i) >> shift);
-}
-
-static void pair_tasks(int64_t begin, int64_t end, void* context) {
-  const Call& g = *static_cast<const Call*>(context);
-  const NF4Linear& p = *g.p;
-  const int64_t K = p.w.K, row = K / 2, depth = smaller(RUN, int64_t{1} << p.w.block_shift);
-  const Pairs pairs;
-  Scratch scratch(WORKER, (K / depth + g.rows) * SIDE);
-  float *scales = scratch.next(K / depth * SIDE), *sums = scratch.next(g.rows * SIDE);
-  memset(scales, 0, sizeof(float) * K / depth * SIDE);
-  alignas(64) uint8_t lines[SIDE * LINE] = {};
-  alignas(64) uint32_t panel[LINE_CODES / 2 * SIDE];
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n0 = t * SIDE, columns = smaller(SIDE, p.w.N - n0);
-    const uint8_t* packed = p.w.packed + n0 * row;
-    lay_out_scales(p.w, n0, columns, depth, scales);
-    memset(sums, 0, sizeof(float) * g.rows * SIDE);
-    for (int64_t k0 = 0; k0 < K; k0 += LINE_CODES) {
-      const int64_t codes = smaller(LINE_CODES, K - k0);
-      const uint8_t* ahead = packed + (k0 + AHEAD < K ? k0 + AHEAD : SIDE * K + k0 + AHEAD - K) / 2;  // behind a row's end: the next task's
-      for (int64_t c = 0; c < columns; ++c) {
-        __builtin_prefetch(ahead + c * row, 0, 2);
-        const uint8_t* from = packed + c * row + k0 / 2;
-        codes == LINE_CODES ? memcpy(lines + c * LINE, from, LINE) : memcpy(lines + c * LINE, from, RUN / 2);
-      }
-      for (int64_t k = 0; k < codes; k += 32)
-        for (int64_t c = 0; c < SIDE; c += VL) decode_lines(pairs, lines + c * LINE + k / 2, panel + k / 2 * SIDE + c);
-      meet_panel(g, panel, k0, codes, depth, scales + k0 / depth * SIDE, sums);
-    }
-    for (int64_t m = g.m0; m < g.m1; ++m) store_rows(p, m, n0, columns, sums + (m - g.m0) * SIDE);
-  }
-}
-
-// x W: the depth runs across W's rows. A scale holds for a block of columns of one row, so values meet theirs where they are decoded, rounded
-// once to bfloat16.
-constexpr int64_t DEEP = 4 * RUN;  // rows of W of a panel
-
-// panels[c / SIDE][d][c % SIDE, in zip's order]: columns k0.. of rows n0.. of W, two rows to a pair
-static void decode_panels(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, uint32_t* panels) {
-  uint16_t line[2][WIDE] = {};
-  for (int64_t n = 0; n < DEEP; n += 2, panels += SIDE) {
-    for (int64_t i = 0; i < 2; ++i) {
-      prefetch_codes(w, n0 + n + i, k0);
-      if (n + i < depth)
-        decode_run_bf16(w, decoder, (n0 + n + i) * w.K + k0, columns, line[i]);
-      else
-        memset(line[i], 0, sizeof line[i]);
-    }
-    for (int64_t c = 0; c < columns; c += SIDE) {
-      const Two both = zip(line[0] + c, line[1] + c, ~0u);
-      float* to = reinterpret_cast<float*>(panels + c * (DEEP / 2));
-      store(to, both.low), store(to + VL, both.high);
-    }
-  }
-}
-
-static void turned_pair_tasks(int64_t begin, int64_t end, void* context) {
-  const Call& g = *static_cast<const Call*>(context);
-  const NF4Linear& p = *g.p;
-  const Decoder decoder;
-  float ones[SIDE];
-  for (float& one : ones) one = 1.0f;
-  Scratch scratch(WORKER, DEEP / 2 * WIDE + g.rows * WIDE + WIDE);
-  uint32_t* panels = reinterpret_cast<uint32_t*>(scratch.next(DEEP / 2 * WIDE));
-  float *sums = scratch.next(g.rows * WIDE), *out = scratch.next(WIDE);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t k0 = t * g.wide, columns = smaller(g.wide, p.w.K - k0);
-    memset(sums, 0, sizeof(float) * g.rows * WIDE);
-    for (int64_t n0 = 0; n0 < p.w.N; n0 += DEEP) {
-      decode_panels(p.w, decoder, n0, p.w.N - n0, k0, columns, panels);
-      const int64_t depth = smaller(DEEP, round_up(p.w.N - n0, RUN));
-      for (int64_t c = 0; c < columns; c += SIDE) meet_panel(g, panels + c * (DEEP / 2), n0, depth, DEEP, ones, sums + c * g.rows);
-    }
-    for (int64_t m = g.m0; m < g.m1; ++m) {
-      for (int64_t c = 0; c < columns; c += SIDE) {
-        const float* from = sums + c * g.rows + (m - g.m0) * SIDE;
-        const Two both = in_order(load(from), load(from + VL));
-        store(out + c, both.low), store(out + c + VL, both.high);
-      }
-      store_rows(p, m, k0, columns, out);
-    }
-  }
-}
-#endif
 
 }  // namespace
 
@@ -296,23 +78,12 @@ namespace LK_ISA_NAME {
 
 void nf4_product(const NF4Product& product) {
   const NF4Linear& p = product.linear;
-  const int64_t M = p.lowrank.M, columns = product.turned ? p.w.K : p.w.N;
+  const int64_t columns = product.turned ? p.w.K : p.w.N;
   Call g = {&p, product.turned, columns, columns >= 16 * WIDE ? WIDE : WIDE / 4};  // of narrow layers more tasks, for threads to share evenly
 #ifdef LK_ISA_AVX512BF16
-  if (p.x.dtype == DType::bf16 && (product.turned || p.w.K % RUN == 0)) {
-    const int64_t runs = ceil_div(product.turned ? p.w.N : p.w.K, RUN);
-    if (!product.turned) g.wide = SIDE;
-    for (g.m0 = 0; g.m0 < M; g.m0 += TALLER) {
-      g.m1 = smaller(M, g.m0 + TALLER), g.rows = round_up(g.m1 - g.m0, REST);
-      Scratch scratch(CALLER, runs * (RUN / 2) * g.rows);
-      g.x = reinterpret_cast<uint32_t*>(scratch.at);
-      parallel_for(runs, runs * RUN * g.rows, lay_out_pairs, &g);
-      parallel_for(ceil_div(columns, g.wide), g.rows * p.w.N * p.w.K, product.turned ? turned_pair_tasks : pair_tasks, &g);
-    }
-    return;
-  }
+  if (p.x.dtype == DType::bf16 && (product.turned || p.w.K % RUN == 0)) return product_in_pairs(g);
 #endif
-  parallel_for(ceil_div(M, TALL) * ceil_div(columns, g.wide), M * p.w.N * p.w.K, tasks, &g);
+  parallel_for(ceil_div(p.lowrank.M, TASK_ROWS) * ceil_div(columns, g.wide), p.lowrank.M * p.w.N * p.w.K, tasks, &g);
 }
 
 }  // namespace LK_ISA_NAME
