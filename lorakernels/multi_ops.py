@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import kind
-from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
+from .backends.reference import accumulator, base_product, splits_of, stack_shape, summed, tiles_of
 from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows, way
 
 
@@ -62,11 +62,7 @@ def base(run, x, W, scales, turned, bias):
     """x W^T + bias, or x W where turned: what F.linear computes, bit for bit, where W is dense."""
     if scales is not None:
         return product(run, x, W, scales, turned, None, None, 1.0, bias, None, None, 0.0)
-    w = W.t() if turned else W
-    if not torch._C._is_any_autocast_enabled():  # without the context: 60 us of a decode step
-        return torch.nn.functional.linear(x, w, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x, w, bias)
+    return base_product(x, W.t() if turned else W, bias)
 
 
 def down(run, x, A, *segments):

@@ -293,7 +293,7 @@ def test_in_place_add_stays_inside_its_matrix(base, N, R):
 @pytest.mark.parametrize("M, K, N, R", [(33, 40, 50, 8), (37, 65, 31, 17)])
 def test_fresh_memory_is_never_read_and_nothing_is_written_beside_it(backend, device, monkeypatch, M, K, N, R):
     """Every new buffer starts as NaN between two bands of NaN: none may reach a result, and the bands stay."""
-    real, frames, band = torch.Tensor.new_empty, [], 64
+    real, linear, frames, band = torch.Tensor.new_empty, torch.nn.functional.linear, [], 64
 
     def poisoned(self, *size, **keywords):
         out = real(self, *size, **keywords)
@@ -303,7 +303,12 @@ def test_fresh_memory_is_never_read_and_nothing_is_written_beside_it(backend, de
         frames.append(frame)
         return frame[band : band + out.numel()].view(out.shape)
 
+    def framed(*operands):  # what torch makes and a kernel then adds to
+        y = linear(*operands)
+        return poisoned(y, *y.shape).copy_(y)
+
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch.nn.functional, "linear", framed)
     case = with_mask(make_case(M, K, N, R, BF16, F32, device=device, bias=True, lora_bias=True, p=0.2))
     results = oracle.run(lora_linear, case)
     monkeypatch.undo()
