@@ -125,7 +125,7 @@ def forward(x, W, A, B, bias, scaling, order, starts, tiles, ranks, pages, seed,
     if u is None:
         u = down(run, x_rows, A, order, starts, tiles, ranks, pages, seed, thresholds)
     run.multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, None, None)
-    return in_shape(y, x.shape), u
+    return in_shape(run, y, x.shape), u
 
 
 def multi_lora_linear(x, W, A, B, bias, *rest):

@@ -148,11 +148,13 @@ def rows(x):
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def in_shape(y, shape):
-    """Rows of y in the shape that x has: to autograd no view, so that what comes after the layer may change it in place."""
+def in_shape(run, y, shape):
+    """Fresh rows of y in the shape that x has: to autograd no view, so that what comes after the layer may change it in place."""
     if len(shape) == 2:
         return y
     whole = (*shape[:-1], y.shape[1])
+    if run is not Operators:
+        return y.resize_(whole)  # of as many elements: it costs the host a third of _unsafe_view
     return y.view(whole) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view.default(y, whole)  # which a trace would take with constant sizes
 
 
@@ -183,7 +185,7 @@ def forward(x, W, A, B, bias, lora_bias, seed, scaling, dropout_p, dtype, scales
     run = way(x_rows, W, A, B, bias, lora_bias)
     u = run.lowrank_down(x_rows, [A], seed, dropout_p)
     y = product(run, x_rows, W, scales, False, u, B, scaling, bias, lora_bias, None, 0.0)
-    return in_shape(y, x.shape), u
+    return in_shape(run, y, x.shape), u
 
 
 def packed_scales(absmax, nested, format):
@@ -272,8 +274,9 @@ class NF4Linear(torch.autograd.Function):
 def nf4_forward(x, bias, dtype, packed, absmax, nested, format):
     x, bias = cast(dtype, x, bias)
     x_rows = rows(x)
-    y = product(way(x_rows, packed, bias), x_rows, packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
-    return in_shape(y, x.shape)
+    run = way(x_rows, packed, bias)
+    y = product(run, x_rows, packed, (absmax, nested, format), False, None, None, 1.0, bias, None, None, 0.0)
+    return in_shape(run, y, x.shape)
 
 
 def nf4_linear(x, weight, bias, dtype):

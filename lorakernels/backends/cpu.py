@@ -118,7 +118,8 @@ def multi_lowrank_down(x, A, order, starts, tiles, ranks, pages, seed, threshold
     if pages is not None:
         parts, (E, R) = R, pages.shape
     u = x.new_empty(splits, x.shape[0], parts * R, dtype=torch.float32)
-    u[1:].zero_()
+    if splits > 1:
+        u[1:].zero_()
     module().multi_lowrank_down(native.segments(E, R, order, starts, ranks, pages, seed, thresholds), K, parts, native.matrix(x), native.stack(A), native.matrix(u[0]))
     return u
 
