@@ -10,8 +10,10 @@ namespace lk::cpu {
 namespace {
 
 constexpr int64_t SIDE = 2 * VL;    // columns that a panel has
-constexpr int64_t ROWS_AT_ONCE = 512;     // rows of x that are laid out at a time
-constexpr int GROUP = 8, REST = 4;  // rows of x that meet a panel at once; x is filled up to whole REST with zeros
+constexpr int64_t ROWS_AT_ONCE = 512;     // rows of x that are laid out at a time at most, for decoding W is paid for each time
+constexpr int64_t LAID_OUT = 8 << 20;     // bytes that they may take, for every task reads them: they stay within the last cache
+constexpr int64_t DEEP = 4 * RUN;  // of the depth that a panel has at most
+constexpr int GROUP = 6, REST = 2;  // rows of x that meet a panel at once; x is filled up to whole REST with zeros
 
 // x as pairs of the depth: for each RUN of it the rows in groups, a group's pairs side by side. Of each 8 neighbours pair j is (2 j, 2 j + 1),
 // or, where W's codes come in another order (decode_lines), (j ^ 1, 4 + (j ^ 1)).
@@ -32,56 +34,60 @@ static void lay_out_pairs(int64_t begin, int64_t end, void* context) {
       }
       const int64_t group = m / GROUP * GROUP, wide = smaller(GROUP, g.rows - group);
       uint32_t* to = g.x + run * (RUN / 2) * g.rows + RUN / 2 * group + (m - group);
-      for (int64_t k = 0; k < RUN; k += 8) {
+      for (int64_t k = 0; k < RUN; k += 8, to += 4 * wide) {
         __m128i pairs[REST];
         for (int64_t r = 0; r < REST; ++r) {
           const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line[r] + k));
           pairs[r] = g.turned ? eight : _mm_shuffle_epi32(_mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)), 0xb1);
         }
-        const __m128i a = _mm_unpacklo_epi32(pairs[0], pairs[1]), b = _mm_unpackhi_epi32(pairs[0], pairs[1]);
-        const __m128i c = _mm_unpacklo_epi32(pairs[2], pairs[3]), d = _mm_unpackhi_epi32(pairs[2], pairs[3]);
-        const __m128i across[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d), _mm_unpackhi_epi64(b, d)};
-        for (int64_t j = 0; j < 4; ++j) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (k / 2 + j) * wide), across[j]);
+        const __m128i low = _mm_unpacklo_epi32(pairs[0], pairs[1]), high = _mm_unpackhi_epi32(pairs[0], pairs[1]);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), low);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + wide), _mm_unpackhi_epi64(low, low));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 2 * wide), high);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 3 * wide), _mm_unpackhi_epi64(high, high));
       }
     }
 }
 
-// sums[r][c] += scales[c] * the products of a panel and of x's pairs, `depth` of them in each of `runs` runs that lie x_step apart
+// sums[r][c] += the products of a panel, `count` of the depth, and of x's pairs, whose runs lie x_step apart. Each `depth` of them meets its
+// scales[c] once: a multiple of RUN, or half of it. Sums and what is added to them stay in registers together.
 template <int ROWS>
-static void meet_group(const uint32_t* panel, const uint32_t* x, int64_t x_step, int64_t runs, int64_t depth, const float* scales, float* sums) {
-  Vec part[ROWS][2];
-  for (auto& row : part) row[0] = row[1] = zero();
-  for (; runs; --runs, x += x_step) {
-    const uint32_t* pairs = x;
-    for (int64_t d = 0; d < depth; ++d, panel += SIDE, pairs += ROWS) {
-      const __m512i low = _mm512_loadu_si512(panel), high = _mm512_loadu_si512(panel + VL);
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r]));
-        part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)low, pair);
-        part[r][1] = _mm512_dpbf16_ps(part[r][1], (__m512bh)high, pair);
+static void meet_group(const uint32_t* panel, const uint32_t* x, int64_t x_step, int64_t count, int64_t depth, const float* scales, float* sums) {
+  Vec sum[ROWS][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) sum[r][0] = load(sums + r * SIDE), sum[r][1] = load(sums + r * SIDE + VL);
+  for (int64_t k = 0; k < count; k += depth, scales += SIDE) {
+    Vec part[ROWS][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) part[r][0] = part[r][1] = zero();
+    const int64_t end = smaller(count, k + depth);
+    for (int64_t at = k; at < end; at += RUN) {
+      const uint32_t* pairs = x + at / RUN * x_step + at % RUN / 2 * ROWS;
+      for (int64_t left = smaller(RUN, end - at) / 2; left; --left, panel += SIDE, pairs += ROWS) {
+        const __m512i low = _mm512_loadu_si512(panel), high = _mm512_loadu_si512(panel + VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r]));
+          part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)low, pair);
+          part[r][1] = _mm512_dpbf16_ps(part[r][1], (__m512bh)high, pair);
+        }
       }
     }
-  }
-  const Vec low = load(scales), high = load(scales + VL);
+    const Vec low = load(scales), high = load(scales + VL);
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {  // unrolled, or the sums would go through memory
-    float* to = sums + r * SIDE;
-    store(to, fma(low, part[r][0], load(to)));
-    store(to + VL, fma(high, part[r][1], load(to + VL)));
+    for (int r = 0; r < ROWS; ++r) sum[r][0] = fma(low, part[r][0], sum[r][0]), sum[r][1] = fma(high, part[r][1], sum[r][1]);
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) store(sums + r * SIDE, sum[r][0]), store(sums + r * SIDE + VL, sum[r][1]);
 }
 
-// All of x's rows with a panel: `count` of the depth from k0 on. A scale of each column holds for `depth` of them, RUN and its
-// multiples or half of it.
+// All of x's rows with a panel: `count` of the depth from k0 on.
 static void meet_panel(const Call& g, const uint32_t* panel, int64_t k0, int64_t count, int64_t depth, const float* scales, float* sums) {
-  const int64_t x_step = RUN / 2 * g.rows, within = smaller(depth, RUN);
+  const int64_t x_step = RUN / 2 * g.rows;
   for (int64_t m = 0; m < g.rows; m += GROUP) {
     const int64_t wide = smaller(GROUP, g.rows - m);
-    const auto meet_rows = wide == GROUP ? meet_group<GROUP> : meet_group<REST>;
-    for (int64_t k = 0; k < count; k += depth) {
-      const uint32_t* x = g.x + (k0 + k) / RUN * x_step + RUN / 2 * m + k % RUN / 2 * wide;
-      meet_rows(panel + k / 2 * SIDE, x, x_step, smaller(depth, count - k) / within, within / 2, scales + k / depth * SIDE, sums + m * SIDE);
-    }
+    const auto meet_rows = wide == 6 ? meet_group<6> : wide == 4 ? meet_group<4> : meet_group<2>;
+    meet_rows(panel, g.x + k0 / RUN * x_step + RUN / 2 * m, x_step, count, depth, scales, sums + m * SIDE);
   }
 }
 
@@ -129,23 +135,26 @@ static void pair_tasks(int64_t begin, int64_t end, void* context) {
   float *scales = scratch.next(K / depth * SIDE), *sums = scratch.next(g.rows * SIDE);
   memset(scales, 0, sizeof(float) * K / depth * SIDE);
   alignas(64) uint8_t lines[SIDE * LINE] = {};
-  alignas(64) uint32_t panel[LINE_CODES / 2 * SIDE];
+  alignas(64) uint32_t panel[DEEP / 2 * SIDE];
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n0 = t * SIDE, columns = smaller(SIDE, p.w.N - n0);
     const uint8_t* packed = p.w.packed + n0 * row;
     lay_out_scales(p.w, n0, columns, depth, scales);
     memset(sums, 0, sizeof(float) * g.rows * SIDE);
-    for (int64_t k0 = 0; k0 < K; k0 += LINE_CODES) {
-      const int64_t codes = smaller(LINE_CODES, K - k0);
-      const uint8_t* ahead = packed + (k0 + AHEAD < K ? k0 + AHEAD : SIDE * K + k0 + AHEAD - K) / 2;  // behind a row's end: the next task's
-      for (int64_t c = 0; c < columns; ++c) {
-        __builtin_prefetch(ahead + c * row, 0, 2);
-        const uint8_t* from = packed + c * row + k0 / 2;
-        codes == LINE_CODES ? memcpy(lines + c * LINE, from, LINE) : memcpy(lines + c * LINE, from, RUN / 2);
+    for (int64_t k0 = 0; k0 < K; k0 += DEEP) {
+      const int64_t count = smaller(DEEP, K - k0);
+      for (int64_t line = 0; line < count; line += LINE_CODES) {
+        const int64_t at = k0 + line, codes = smaller(LINE_CODES, K - at);
+        const uint8_t* ahead = packed + (at + AHEAD < K ? at + AHEAD : SIDE * K + at + AHEAD - K) / 2;  // behind a row's end: the next task's
+        for (int64_t c = 0; c < columns; ++c) {
+          __builtin_prefetch(ahead + c * row, 0, 2);
+          const uint8_t* from = packed + c * row + at / 2;
+          codes == LINE_CODES ? memcpy(lines + c * LINE, from, LINE) : memcpy(lines + c * LINE, from, RUN / 2);
+        }
+        for (int64_t k = 0; k < codes; k += 32)
+          for (int64_t c = 0; c < SIDE; c += VL) decode_lines(pairs, lines + c * LINE + k / 2, panel + (line + k) / 2 * SIDE + c);
       }
-      for (int64_t k = 0; k < codes; k += 32)
-        for (int64_t c = 0; c < SIDE; c += VL) decode_lines(pairs, lines + c * LINE + k / 2, panel + k / 2 * SIDE + c);
-      meet_panel(g, panel, k0, codes, depth, scales + k0 / depth * SIDE, sums);
+      meet_panel(g, panel, k0, count, depth, scales + k0 / depth * SIDE, sums);
     }
     for (int64_t m = g.m0; m < g.m1; ++m) store_sums(p, m, n0, columns, sums + (m - g.m0) * SIDE);
   }
@@ -153,8 +162,6 @@ static void pair_tasks(int64_t begin, int64_t end, void* context) {
 
 // x W: the depth runs across W's rows. A scale holds for a block of columns of one row, so values meet theirs where they are decoded, rounded
 // once to bfloat16.
-constexpr int64_t DEEP = 4 * RUN;  // rows of W of a panel
-
 // panels[c / SIDE][d][c % SIDE, in zip's order]: columns k0.. of rows n0.. of W, two rows to a pair
 static void decode_panels(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, uint32_t* panels) {
   uint16_t line[2][WIDE] = {};
@@ -207,8 +214,9 @@ static void product_in_pairs(Call g) {
   const NF4Weight& w = g.p->w;
   const int64_t M = g.p->lowrank.M, runs = ceil_div(g.turned ? w.N : w.K, RUN);
   if (!g.turned) g.wide = SIDE;
-  for (g.m0 = 0; g.m0 < M; g.m0 += ROWS_AT_ONCE) {
-    g.m1 = smaller(M, g.m0 + ROWS_AT_ONCE), g.rows = round_up(g.m1 - g.m0, REST);
+  const int64_t at_once = smaller(ROWS_AT_ONCE, larger(LAID_OUT / (2 * RUN * runs) / GROUP * GROUP, 16 * GROUP));
+  for (g.m0 = 0; g.m0 < M; g.m0 += at_once) {
+    g.m1 = smaller(M, g.m0 + at_once), g.rows = round_up(g.m1 - g.m0, REST);
     Scratch scratch(CALLER, runs * (RUN / 2) * g.rows);
     g.x = reinterpret_cast<uint32_t*>(scratch.at);
     parallel_for(runs, runs * RUN * g.rows, lay_out_pairs, &g);

@@ -15,14 +15,13 @@ FEW_ROWS = 16
 # AVX2, there: 8 rows 9.4 to 12.2 / 10.5 to 13.3 / 3.1 to 3.5, 12 rows 12.0 to 11.5 / 13.1 to 13.1 / 3.5 to 3.3, 16 rows 16.2 to 13.7 / 16.3 to 14.0 / 5.0 to 4.3.
 AVX2_ROWS = 12
 
-# bfloat16 on AVX-512-BF16: 8 rows 3.3 to 3.5 / 3.2 to 3.5 / 1.1 to 1.0, 12 rows 4.8 to 4.6 / 4.6 to 4.6 / 1.5 to 1.3, 16 rows 6.4 to 5.8 / 6.1 to
-# 5.8 / 1.9 to 1.6.
-PAIRED_ROWS = 8
+# bfloat16 on AVX-512-BF16: 8 rows 3.2 to 3.7 / 3.1 to 3.6 / 0.9 to 1.0, 9 rows 3.9 to 4.1 / 3.9 to 4.1 / 1.1 to 1.2, 10 rows 4.2 to 4.1 / 4.2 to 4.1 / 1.2 to
+# 1.2, 12 rows level.
+PAIRED_ROWS = 9
 
-# CPU, bfloat16 on AVX-512-BF16, the fused product against slabs, the same: 64 rows 19.4 to 23.1 / 19.3 to 22.0 / 5.8 to 6.6, 128 rows 38.2 to
-# 38.7 / 38.8 to 38.9 / 11.0 to 11.5, 256 rows 75 to 75 / 76 to 74 / 21.5 to 21.4; one thread, 256 rows 149 to 144. In every other case the
-# fused one is ahead for all rows: float32, 256 rows 141 to 189 / 142 to 187 / 39 to 49; dx, bfloat16, 76 to 92 / 78 to 89 / 21 to 24.
-PAIRED_FUSED_ROWS = 128
+# Beyond few rows the fused product is ahead of slabs, or level, on a CPU with vectors for all rows. bfloat16 on AVX-512-BF16, the same, to slabs and dense
+# F.linear: 64 rows 18.9 to 23.1 and 21.8 / 20.0 to 22.0 and 20.4 / 5.8 to 6.6 and 6.0, 256 rows 70 to 73 and 69 / 71 to 73 and 69 / 20.6 to 21.9 and 20.1, 2048
+# rows 585 to 593 and 587 / 569 to 565 and 551 / 165 to 174 and 169; one thread, 256 rows 141 to 146 and 137. float32, 256 rows 141 to 189 and 212.
 
 # GPU, not measured. Where e is the share of the matrix rate that the fused product reaches, it wins below 231 e / (1 - e) rows
 # against decoding W and multiplying at full rate (H200: 0.585 ps to decode a value, 790 TFLOP/s). Choosing a code takes about 16
@@ -38,7 +37,7 @@ def nf4_path(M, N, K, dtype, architecture, turned):
         paired = half and K % 64 == 0
         if not turned and M <= (PAIRED_ROWS if paired else AVX2_ROWS if architecture == "avx2" else FEW_ROWS):
             return FEW
-        if architecture == "portable" or (half and not turned and (M > PAIRED_FUSED_ROWS or not paired)):
+        if architecture == "portable" or (half and not turned and not paired):
             return SLABS
         return FUSED
     if dtype == torch.float32:
