@@ -52,12 +52,10 @@ static int64_t lines_of(const AddLowrank& p, int64_t cols) { return larger(TURN 
 template <DType dtype, bool dropout, bool PAIRS>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
   float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(lines_of(p, cols)), *pairs = scratch.next(ROWS * pairs_ld(p));
-  if (!PAIRS && p.v.col_stride == 1 && !p.v.col_index)
-    for (int64_t n = n0 + valid; n < smaller(p.N, n0 + 2 * valid); ++n) prefetch<2>(p.v, n, 0, p.R);
   if (PAIRS)
     pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
   else
-    pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines);
+    pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines, valid * p.v.row_stride * static_cast<int64_t>(sizeof(float)));
   for (int64_t c = 0; c < cols; ++c)
     bias[c] = c < valid && p.bias.data ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
   int16_t keep[ROWS * KEEP_LD];

@@ -10,6 +10,7 @@ namespace lk::cpu {
 namespace {
 
 constexpr int64_t ROWS = 64;   // of a task
+constexpr int64_t AHEAD = 2 * BLOCK;  // columns that A is brought in before they are packed
 constexpr int64_t GROUP = 12;  // rows whose copies stay in the first cache
 
 struct Down {
@@ -26,11 +27,10 @@ static void pack(const Down& d, int64_t k0, float* panel, float* lines) {
   for (int i = 0; i < d.p->parts; ++i) {
     const LowrankDown::Part& part = d.p->part[i];
     const int64_t padded = round_up(part.R, VL);
-    for (int64_t r = 0; r < part.R; ++r) prefetch<PAIRS ? 3 : 2>(part.A, r, k0 + columns, smaller(BLOCK, d.p->K - k0 - columns));
     if (PAIRS)
-      pack_words(turned(part.A), k0, columns, 0, part.R, padded, d.width, reinterpret_cast<uint64_t*>(panel), lines);
+      pack_words(turned(part.A), k0, columns, 0, part.R, padded, d.width, reinterpret_cast<uint64_t*>(panel), lines, AHEAD * 2);
     else
-      pack_turned(part.A, 0, part.R, k0, columns, padded, d.width, panel, lines);
+      pack_turned(part.A, 0, part.R, k0, columns, padded, d.width, panel, lines, AHEAD * 4);
     panel += PAIRS ? 2 * padded : padded;
   }
 }

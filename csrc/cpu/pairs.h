@@ -56,7 +56,7 @@ static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int
 
 #ifdef LK_ISA_AVX512BF16
 // panel[d / 4 * ld + c] = m[row0 + d ... row0 + d + 3, column0 + c] for c < 8, where a column's words stand in memory
-static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, uint64_t* panel, int64_t ld) {
+static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, uint64_t* panel, int64_t ld, int64_t ahead) {
   const uint16_t* from[8];
   for (int64_t c = 0; c < 8; ++c) from[c] = static_cast<const uint16_t*>(m.data) + (m.col_index ? m.col_index[column0 + c] : column0 + c) * m.col_stride + row0;
   for (int64_t d = 0; d < depth; d += 32, panel += 8 * ld) {
@@ -64,6 +64,7 @@ static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
     const __mmask32 valid = words < 8 ? (1u << 4 * words) - 1 : ~0u;
     __m512i a[8], b[8];
     for (int i = 0; i < 8; ++i) a[i] = _mm512_maskz_loadu_epi16(valid, from[i] + d);
+    for (int i = 0; ahead && i < 8; ++i) __builtin_prefetch(reinterpret_cast<const char*>(from[i] + d) + ahead, 0, 2);
     for (int i = 0; i < 8; i += 2) b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
     for (int i = 0; i < 2; ++i) {
       const __m512i p = _mm512_shuffle_i32x4(b[i], b[i + 2], 0x44), q = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0x44);
@@ -77,22 +78,22 @@ static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
 #endif
 
 // panel[d / EACH * ld + c] = m[row0 + d ... row0 + d + EACH - 1, column0 + c], zero behind the last row and for c up to width, where a Word
-// holds EACH bfloat16; lines: scratch for larger(EACH * columns / 2, TURN * depth / 2) floats. row0 is a multiple of EACH.
+// holds EACH bfloat16; lines: scratch for larger(EACH * columns / 2, TURN * depth / 2) floats. row0 is a multiple of EACH. ahead: pack_turned's.
 template <class Word>
 static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t column0, int64_t columns, int64_t width, int64_t ld,
-                       Word* panel, float* lines) {
+                       Word* panel, float* lines, int64_t ahead = 0) {
   constexpr int EACH = sizeof(Word) / 2;
   int64_t d = 0;
   if (m.dtype == DType::bf16 && m.row_stride == 1 && !m.index) {  // words stand in memory
     d = depth / EACH * EACH;
     if (EACH == 2 && m.col_stride % 2 == 0) {
       const Matrix words = {m.data, m.col_stride / 2, 1, DType::f32, m.col_index};
-      pack_turned(words, column0, columns, row0 / 2, depth / 2, width, ld, reinterpret_cast<float*>(panel), lines);
+      pack_turned(words, column0, columns, row0 / 2, depth / 2, width, ld, reinterpret_cast<float*>(panel), lines, ahead);
     } else {
       int64_t c = 0;
 #ifdef LK_ISA_AVX512BF16
       if (EACH == 4)
-        for (; c + 8 <= columns; c += 8) turn_words(m, row0, d, column0 + c, reinterpret_cast<uint64_t*>(panel) + c, ld);
+        for (; c + 8 <= columns; c += 8) turn_words(m, row0, d, column0 + c, reinterpret_cast<uint64_t*>(panel) + c, ld, ahead);
 #endif
       for (; c < width; ++c) {
         const int64_t column = m.col_index && c < columns ? m.col_index[column0 + c] : column0 + c;

@@ -125,13 +125,11 @@ constexpr int64_t BLOCK = 256;                // columns of a block: its rows an
 constexpr int64_t BLOCK_LD = BLOCK + 16;      // an odd number of cache lines, so that a column spreads over the sets
 
 // A stripe's rows lie too far apart for the processor to guess the next one.
-// LOCALITY 2: to the second cache, where so much comes at a time that it would push out of the first what is in use.
-template <int LOCALITY = 3>
 LK_INLINE void prefetch(const Matrix& m, int64_t row, int64_t column, int64_t count) {
   const int64_t size = m.dtype == DType::f32 ? 4 : 2;
   const char* at = static_cast<const char*>(m.data) + (place(m, row) * m.row_stride + column) * size;
   if (m.col_stride == 1)
-    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b, 0, LOCALITY);
+    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b);
 }
 
 // Rows m0.. and columns c0.. of a matrix (at most BLOCK of them, c0 a multiple of 8) as float32, copied to out (row length
@@ -185,14 +183,17 @@ LK_INLINE void turn8(const float* const* line, int64_t d, float* to, int64_t ld)
 }
 #endif
 
-// panel[d * ld + c] = m[row0 + c, column0 + d] for c < rows, zero up to width; lines: scratch for TURN * depth floats
+// panel[d * ld + c] = m[row0 + c, column0 + d] for c < rows, zero up to width; lines: scratch for TURN * depth floats. ahead: how many bytes
+// behind this lies what is wanted next, 0 for nothing: it is brought into the second cache meanwhile, a little at a time, for the first
+// has few places for what is on its way.
 constexpr int64_t TURN = 8;
 static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t depth, int64_t width,
-                        int64_t ld, float* panel, float* lines) {
+                        int64_t ld, float* panel, float* lines, int64_t ahead = 0) {
   if (m.col_index || (m.row_stride == 1 && m.col_stride != 1)) {  // its transpose lies in order
     const Matrix turned = {m.data, m.col_stride, m.row_stride, m.dtype, m.col_index};
     return pack_rows(turned, column0, depth, row0, rows, width, ld, panel);
   }
+  const bool there = m.dtype == DType::f32 && m.col_stride == 1;
   for (int64_t c = 0; c < width; c += TURN) {
     const int64_t some = smaller(TURN, width - c);
     const float* line[TURN];
@@ -200,14 +201,18 @@ static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t col
       line[i] = lines + i * depth;
       if (c + i >= rows)
         memset(lines + i * depth, 0, depth * sizeof *lines);
-      else if (m.dtype == DType::f32 && m.col_stride == 1)
+      else if (there)
         line[i] = static_cast<const float*>(m.data) + place(m, row0 + c + i) * m.row_stride + column0;
       else
         load_row_any(m, row0 + c + i, column0, depth, lines + i * depth);
     }
     int64_t d = 0;
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
-    for (; some == TURN && d + TURN <= depth; d += TURN) turn8(line, d, panel + d * ld + c, ld);
+    for (; some == TURN && d + TURN <= depth; d += TURN) {
+      if (there && ahead && d % 16 == 0)
+        for (int64_t i = 0; i < TURN; ++i) __builtin_prefetch(reinterpret_cast<const char*>(line[i] + d) + ahead, 0, 2);
+      turn8(line, d, panel + d * ld + c, ld);
+    }
 #endif
     for (; d < depth; ++d)
       for (int64_t i = 0; i < some; ++i) panel[d * ld + c + i] = line[i][d];
