@@ -59,10 +59,10 @@ static void dot_plain(const NF4Weight& w, const Decoder& decoder, int64_t n, con
 }
 
 template <int ROWS>
-static void dot_group(const NF4Weight& w, const Plain& form, int64_t n, int64_t columns, const float* x, int64_t x_ld, bool, float* out, int64_t out_ld) {
+static void dot_group(Scales& scales, const Plain& form, int64_t n, int64_t columns, const float* x, int64_t x_ld, bool, float* out, int64_t out_ld) {
   for (int64_t c = 0; c < columns; ++c) {
     float sums[ROWS];
-    dot_plain<ROWS>(w, form.decoder, n + c, x, x_ld, sums);
+    dot_plain<ROWS>(scales.w, form.decoder, n + c, x, x_ld, sums);
     for (int r = 0; r < ROWS; ++r) out[r * out_ld + c] = sums[r];
   }
 }
@@ -80,6 +80,8 @@ static void tasks(int64_t begin, int64_t end, void* context) {
   const NF4Linear& p = *call.p;
   const int64_t M = p.lowrank.M;
   const Form form;
+  Scratch scratch(WORKER, Scales::floats(p.w, 2));
+  Scales scales(p.w, 2, scratch.at);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n0 = t * COLUMNS, columns = smaller(COLUMNS, p.w.N - n0);
     for (int64_t m = 0; m < M; m += GROUP) {
@@ -87,10 +89,10 @@ static void tasks(int64_t begin, int64_t end, void* context) {
       const auto* x = call.x + m * call.x_ld;
       float out[GROUP][COLUMNS];
       switch (rows) {
-        case 1: dot_group<1>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        case 2: dot_group<2>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        case 3: dot_group<3>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        default: dot_group<GROUP>(p.w, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS);
+        case 1: dot_group<1>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
+        case 2: dot_group<2>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
+        case 3: dot_group<3>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
+        default: dot_group<GROUP>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS);
       }
       for (int64_t r = 0; r < rows; ++r) store_sums(p, m + r, n0, columns, out[r]);
     }

@@ -116,41 +116,74 @@ LK_INLINE Vec per_run(float low, float high) {
 #endif
 }
 
-// The scales of runs i and j of W, in the lanes of each.
-template <bool NESTED>
-LK_INLINE Vec scales_of(const NF4Weight& w, int64_t i, int64_t j) {
-  const int shift = w.block_shift - RUN_SHIFT;
-  const int64_t a = i >> shift, b = j >> shift;
-  if (!NESTED) return per_run(load_float(w.absmax, a), load_float(w.absmax, b));
-  const Vec first = per_run(load_float(w.nested, 1 + w.absmax[a]), load_float(w.nested, 1 + w.absmax[b]));
-  const Vec second = per_run(load_float(w.nested, 257 + (a >> w.nested_shift)), load_float(w.nested, 257 + (b >> w.nested_shift)));
-  return add(mul(first, second), broadcast(load_float(w.nested, 0)));
-}
+// W's scales. Where they are nested, what each byte stands for is worked out once for all blocks of a second scale: done for each
+// scale again, it was a fifth of one row's time. A ring holds the maps of as many second scales as `rows` rows have.
+struct Scales {
+  static constexpr int64_t MAP = 256;
+  const NF4Weight& w;
+  const int64_t many;  // maps, a power of two
+  float* const maps;
+  int64_t begin = 0, end = 0;  // the second scales whose maps are there
+
+  Scales(const NF4Weight& w, int64_t rows, float* scratch) : w(w), many(places(w, rows)), maps(scratch) {}
+  LK_INLINE int64_t floats(const NF4Weight& w, int64_t rows) { return w.nested ? places(w, rows) * MAP : 0; }  // of scratch
+  LK_INLINE int64_t places(const NF4Weight& w, int64_t rows) {
+    const int64_t most = (rows * w.K >> w.block_shift >> w.nested_shift) + 2;  // begun and ended within one
+    int64_t many = 1;
+    while (many < most) many *= 2;
+    return many;
+  }
+
+  // of blocks first ... last
+  void prepare(int64_t first, int64_t last) {
+    if (!w.nested) return;
+    first >>= w.nested_shift, last >>= w.nested_shift;
+    if (first < begin || first > end) begin = end = first;
+    const Vec offset = broadcast(load_float(w.nested, 0));
+    for (; end <= last; ++end) {
+      const Vec second = broadcast(load_float(w.nested, 257 + end));
+      const float* map = reinterpret_cast<const float*>(w.nested) + 1;
+      float* to = maps + (end & (many - 1)) * MAP;
+      for (int64_t i = 0; i < MAP; i += VL) store(to + i, add(mul(load(map + i), second), offset));
+    }
+    begin = larger(begin, end - many);
+  }
+
+  LK_INLINE const float* map(const Scales& s, int64_t block) { return s.maps + ((block >> s.w.nested_shift) & (s.many - 1)) * MAP; }
+  template <bool NESTED>
+  LK_INLINE float of(const Scales& s, int64_t block) {
+    return NESTED ? map(s, block)[s.w.absmax[block]] : load_float(s.w.absmax, block);
+  }
+};
 
 // out[r * out_ld + c]: row n + c of W with row r of a group of x. `ahead`: the rows of W behind these are brought in.
 template <class Form, int ROWS, int COLS, bool NESTED>
-static void dot_runs(const NF4Weight& w, const Form& form, int64_t n, const typename Form::Value* x, bool ahead, float* out, int64_t out_ld) {
+static void dot_runs(Scales& scales, const Form& form, int64_t n, const typename Form::Value* x, bool ahead, float* out, int64_t out_ld) {
   constexpr int64_t STEP_RUNS = Form::STEP / RUN;  // 1 or 2
+  const NF4Weight& w = scales.w;
   const int64_t row = w.K / 2, runs = w.K / RUN, first = n * runs;
+  const int shift = w.block_shift - RUN_SHIFT;
+  const uint8_t* absmax = w.absmax;
+  scales.prepare(first >> shift, (first + COLS * runs - 1) >> shift);
   const uint8_t *packed = w.packed + n * row, *next = packed + COLS * row;
   const bool near = ROWS * w.K * static_cast<int64_t>(sizeof(typename Form::Value)) + 2 * COLS * row <= NEAR;  // else they would drive x out of the first cache
   Vec sum[ROWS][COLS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < COLS; ++c) sum[r][c] = zero();
-  const auto step = [&](const Vec(&words)[COLS], int64_t i, int64_t j) __attribute__((always_inline)) {
+  const auto step = [&](const Vec(&words)[COLS], int64_t i, int64_t j, const auto& scale) __attribute__((always_inline)) {
     Vec part[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < COLS; ++c) part[r][c] = zero();
     meet(form, words, x, part);
     for (int c = 0; c < COLS; ++c) {
-      const Vec scales = scales_of<NESTED>(w, first + c * runs + i, first + c * runs + j);
-      for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(scales, part[r][c], sum[r][c]);
+      const Vec both = per_run(scale(c, i), scale(c, j));
+      for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(both, part[r][c], sum[r][c]);
     }
     x += ROWS * Form::STEP;
   };
   int64_t i = 0;
   Vec words[COLS];
-  for (; i + STEP_RUNS <= runs; i += STEP_RUNS) {
+  const auto whole = [&](const auto& scale) __attribute__((always_inline)) {
     for (int c = 0; c < COLS; ++c) words[c] = load_words(packed + c * row + i * (RUN / 2));
     if (ahead)
       for (int c = 0; c < COLS; ++c, next += Form::STEP / 2)  // one row after the other, as memory likes it
@@ -158,11 +191,26 @@ static void dot_runs(const NF4Weight& w, const Form& form, int64_t n, const type
           __builtin_prefetch(next);
         else
           __builtin_prefetch(next, 0, 2);
-    step(words, i, i + STEP_RUNS - 1);
+    step(words, i, i + STEP_RUNS - 1, scale);
+    i += STEP_RUNS;
+  };
+  const auto block = [&](int c, int64_t run) __attribute__((always_inline)) { return (first + c * runs + run) >> shift; };
+  const auto any = [&](int c, int64_t run) __attribute__((always_inline)) { return Scales::of<NESTED>(scales, block(c, run)); };
+  while (i + STEP_RUNS <= runs) {
+    int64_t stop = runs;
+    const float* map[COLS];
+    for (int c = 0; NESTED && c < COLS; ++c) {
+      map[c] = Scales::map(scales, block(c, i));
+      const int64_t second = (block(c, i) >> w.nested_shift) + 1;  // until there the map is the same
+      stop = smaller(stop, (second << w.nested_shift << shift) - first - c * runs);
+    }
+    const auto same = [&](int c, int64_t run) __attribute__((always_inline)) { return NESTED ? map[c][absmax[block(c, run)]] : any(c, run); };
+    if (stop < i + STEP_RUNS) whole(any);
+    while (i + STEP_RUNS <= stop) whole(same);
   }
   if (i < runs) {
     for (int c = 0; c < COLS; ++c) words[c] = rest_of(packed + c * row + i * (RUN / 2), RUN / 2);
-    step(words, i, i);
+    step(words, i, i, any);
   }
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < COLS; ++c) out[r * out_ld + c] = total(sum[r][c]);
@@ -170,11 +218,12 @@ static void dot_runs(const NF4Weight& w, const Form& form, int64_t n, const type
 
 // out[r * out_ld + c]: rows n ... n + columns of W with ROWS rows of a group of x
 template <int ROWS, class Form>
-static void dot_group(const NF4Weight& w, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, int64_t, bool ahead, float* out, int64_t out_ld) {
+static void dot_group(Scales& scales, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, int64_t, bool ahead, float* out, int64_t out_ld) {
+  const NF4Weight& w = scales.w;
   int64_t c = 0;
   if (in_runs(w)) {
-    for (; c + 2 <= columns; c += 2) (w.nested ? dot_runs<Form, ROWS, 2, true> : dot_runs<Form, ROWS, 2, false>)(w, form, n + c, x, ahead, out + c, out_ld);
-    if (c < columns) (w.nested ? dot_runs<Form, ROWS, 1, true> : dot_runs<Form, ROWS, 1, false>)(w, form, n + c, x, ahead, out + c, out_ld);
+    for (; c + 2 <= columns; c += 2) (w.nested ? dot_runs<Form, ROWS, 2, true> : dot_runs<Form, ROWS, 2, false>)(scales, form, n + c, x, ahead, out + c, out_ld);
+    if (c < columns) (w.nested ? dot_runs<Form, ROWS, 1, true> : dot_runs<Form, ROWS, 1, false>)(scales, form, n + c, x, ahead, out + c, out_ld);
     return;
   }
   for (; c < columns; ++c) {
