@@ -37,6 +37,7 @@ struct LowrankDown {
   int32_t parts;
   Part part[MAX_PARTS];
   Dropout dropout;
+  int64_t next = 0;  // elements behind these A's lie those of the next call, which may be brought in; 0 where none do
 };
 
 // du (M,R) = scaling * dy B     dB (N,R) = scaling * dy^T u     dA (R,K) = du^T drop(x)

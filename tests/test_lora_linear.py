@@ -260,6 +260,23 @@ def test_native_kernels_bits_do_not_depend_on_threads_or_on_a_rows_place():
         assert torch.equal(row, plain[m : m + 1])
 
 
+@needs_native_cpu
+@pytest.mark.parametrize("p", (0.0, 0.3))
+@pytest.mark.parametrize("R", (3, 8, 16, 24))
+def test_native_kernels_of_few_rows_have_the_bits_of_many(R, p):
+    x, y, u, v = torch.randn(8, 1000).bfloat16(), torch.randn(136, 1500).bfloat16(), torch.randn(136, R), torch.randn(1500, R)
+    A, bias, seed = [torch.randn(R, 1000), torch.randn(R + 9, 1016)[:, 16:]], torch.randn(1500), torch.tensor([9])
+    with lk.use_backend("cpu"):
+        many = ops.lowrank_down(x, A, seed, p)
+        whole = y.clone()
+        native_add(whole, u, v, 0.7, bias, seed, p)
+        for m in (1, 2, 3, 4, 130):  # the last two of 130 rows are a task of their own
+            assert torch.equal(ops.lowrank_down(x[:m], A, seed, p), many[:m])
+            few = y[:m].clone()
+            native_add(few, u[:m], v, 0.7, bias, seed, p)
+            assert torch.equal(few, whole[:m])
+
+
 def test_each_call_has_its_own_mask(device):
     case = make_case(8, 64, 8, 2, F32, F32, device=device)
     arguments = (case.x, case.W, case.A, case.B)

@@ -2,8 +2,8 @@
 //
 // A task is a block of rows by a block of columns. It packs its columns of v once, as float32 or pairs, column-major within the
 // block, so that any stride and dtype of v meets the same inner loop, then walks its rows in groups of four: twelve
-// accumulators stay in registers while y is read and written once. A sum runs over r = 0..R-1 in that order whatever
-// the blocking, so the bits do not depend on the number of threads or on a row's place.
+// accumulators stay in registers while y is read and written once. Of few rows nothing is packed. A sum runs over r = 0..R-1
+// in that order whatever the blocking, so the bits do not depend on the number of threads or on a row's place.
 #include "kernels.h"
 #include "pairs.h"
 #include "parallel.h"
@@ -18,15 +18,13 @@ constexpr int64_t COLUMNS_MAX = 10 * 48;       // a multiple of every TILE (12, 
 constexpr int64_t COLUMNS_FEW = 4 * 48;        // of few rows, which wait for the packing: it stays within the first cache
 constexpr int64_t KEEP_LD = COLUMNS_MAX + DRAW;
 constexpr int64_t BLOCK_ROWS = 128;            // enough rows to pay for the packing
+constexpr int64_t AHEAD = 8192;                // bytes that v is brought in before it is turned
 
-template <DType dtype, int rows, bool dropout, bool PAIRS>
-LK_INLINE void tile(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t c0, int64_t cols, int64_t valid,
-                    const float* panel, const float* bias, const int16_t* keep) {
+// y += the sums of some rows and of vecs vectors of columns from n0 + c0 on, of which `valid` - c0 are y's
+template <DType dtype, int rows, int vecs, bool dropout>
+LK_INLINE void add_sums(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int64_t valid, const float* bias, const int16_t* keep, const Vec (&sum)[rows][vecs]) {
   using E = Element<dtype>;
-  Vec sum[rows][VECS];
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < VECS; ++j) sum[i][j] = zero();
-  accumulate<rows, VECS, PAIRS>(u.at, u.ld, 1, panel + c0, cols, PAIRS ? ceil_div(p.R, 2) : p.R, sum);
+  constexpr int64_t TILE = vecs * VL;
   const Vec scaling = broadcast(dropout ? p.scaling * p.dropout.scale : p.scaling);
   for (int i = 0; i < rows; ++i) {
     typename E::type* y = static_cast<typename E::type*>(p.y.data) + place(p.y, m + i) * p.y.row_stride + n0 + c0;
@@ -37,12 +35,34 @@ LK_INLINE void tile(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t 
       memcpy(edge, y, (valid - c0) * sizeof *y);
     }
     typename E::type* at = whole ? y : edge;
-    for (int j = 0; j < VECS; ++j) {
+    for (int j = 0; j < vecs; ++j) {
       Vec delta = mul(scaling, sum[i][j]);
       if (dropout) delta = masked(delta, keep + i * KEEP_LD + c0 + j * VL);
       E::put(at + j * VL, add(E::get(at + j * VL), add(delta, load(bias + c0 + j * VL))));
     }
     if (!whole) memcpy(y, edge, (valid - c0) * sizeof *y);
+  }
+}
+
+template <DType dtype, int rows, bool dropout, bool PAIRS>
+LK_INLINE void tile(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t c0, int64_t cols, int64_t valid,
+                    const float* panel, const float* bias, const int16_t* keep) {
+  Vec sum[rows][VECS];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < VECS; ++j) sum[i][j] = zero();
+  accumulate<rows, VECS, PAIRS>(u.at, u.ld, 1, panel + c0, cols, PAIRS ? ceil_div(p.R, 2) : p.R, sum);
+  add_sums<dtype, rows, VECS, dropout>(p, m, n0, c0, valid, bias, keep, sum);
+}
+
+// The same of all columns, where turns(v)
+template <DType dtype, int rows, bool dropout>
+static void turned_tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t valid, const float* bias, const int16_t* keep) {
+  const int64_t tile = VL * p.v.row_stride * static_cast<int64_t>(sizeof(float));
+  for (int64_t c = 0; c < valid; c += VL) {
+    Vec sum[rows][1];
+    for (auto& row : sum) row[0] = zero();
+    accumulate_turned<rows>(u.at, u.ld, p.v, n0 + c, valid - c, 0, p.R, larger(tile, AHEAD), sum);
+    add_sums<dtype, rows, 1, dropout>(p, m, n0, c, valid, bias, keep, sum);
   }
 }
 
@@ -52,9 +72,10 @@ static int64_t lines_of(const AddLowrank& p, int64_t cols) { return larger(TURN 
 template <DType dtype, bool dropout, bool PAIRS>
 static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_t valid, int64_t cols, Scratch scratch) {
   float *panel = scratch.next(p.R * cols), *bias = scratch.next(cols), *lines = scratch.next(lines_of(p, cols)), *pairs = scratch.next(ROWS * pairs_ld(p));
+  const bool few = !PAIRS && turns(p.v, m1 - m0, p.R);
   if (PAIRS)
     pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
-  else
+  else if (!few)
     pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines, valid * p.v.row_stride * static_cast<int64_t>(sizeof(float)));
   for (int64_t c = 0; c < cols; ++c)
     bias[c] = c < valid && p.bias.data ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
@@ -67,6 +88,13 @@ static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_
     if (PAIRS) return view_bf16(p.u, m, rows, 0, p.R, {}, pairs, pairs_ld(p));
     return {static_cast<const float*>(p.u.data) + m * p.u.row_stride, p.u.row_stride};
   };
+  if (few) {
+    const int64_t rows = m1 - m0;
+    const auto all = rows == 1 ? turned_tiles<dtype, 1, dropout> : rows == 2 ? turned_tiles<dtype, 2, dropout> : rows == 3 ? turned_tiles<dtype, 3, dropout> : turned_tiles<dtype, FEW, dropout>;
+    static_assert(FEW == ROWS, "as many rows' masks are kept");
+    if (dropout) draw_rows(m0, static_cast<int>(rows));
+    return all(p, rows_of_u(m0, rows), m0, n0, valid, bias, keep);
+  }
   int64_t m = m0;
   for (; m + ROWS <= m1; m += ROWS) {
     if (dropout) draw_rows(m, ROWS);

@@ -1,7 +1,8 @@
 // u = drop(x) A^T for the A's of one x. Compiled once per instruction set (CMakeLists.txt), see vec.h.
 //
 // The A's are packed once, rank along the vector; a task owns ROWS rows, reads its part of x once and keeps its sums
-// between blocks of K. Where there is one task, it packs each block as it comes, which then never leaves the first cache. Without dropout all A's are one product; with it each has its own mask of the same block of x.
+// between blocks of K. Where there is one task, it packs each block as it comes, which then never leaves the first cache; of few rows
+// nothing is packed. Without dropout all packed A's are one product; with it each has its own mask of the same block of x.
 #include "kernels.h"
 #include "pairs.h"
 #include "parallel.h"
@@ -17,6 +18,7 @@ struct Down {
   const LowrankDown* p;
   float* panel;  // (K, width), or four of K at a time (K / 4, width); null where each block is packed as it comes
   int64_t width;  // every part's rank, rounded up to whole vectors
+  bool turned;    // the A's are turned in registers, nothing is packed
 };
 
 static int64_t lines_of(const Down& d) { return larger(TURN * BLOCK, 2 * d.width); }
@@ -42,6 +44,20 @@ static void pack_block(int64_t begin, int64_t end, void* context) {
   for (int64_t t = begin; t < end; ++t) pack<PAIRS>(d, t * BLOCK, d.panel + t * BLOCK * d.width / (PAIRS ? 2 : 1), scratch.at);
 }
 
+// sums (rows, width) = or += x A^T for at most FEW rows, where turns(A)
+template <int ROWS>
+static void meet_turned(const View& x, const LowrankDown::Part& part, int64_t k0, int64_t columns, int64_t ahead, float* sums, int64_t width, bool add_up) {
+  for (int64_t r = 0; r < part.R; r += VL) {
+    Vec sum[ROWS][1];
+    for (auto& row : sum) row[0] = zero();
+    accumulate_turned<ROWS>(x.at, x.ld, part.A, r, part.R - r, k0, columns, ahead * static_cast<int64_t>(sizeof(float)), sum);
+    for (int i = 0; i < ROWS; ++i) {
+      float* to = sums + i * width + r;
+      store(to, add_up ? add(load(to), sum[i][0]) : sum[i][0]);
+    }
+  }
+}
+
 template <bool PAIRS>
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
@@ -55,21 +71,25 @@ static void tasks(int64_t begin, int64_t end, void* context) {
     for (int64_t k0 = 0; k0 < p.K; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, p.K - k0);
       const float* panel = d.panel ? d.panel + k0 * d.width / (PAIRS ? 2 : 1) : packed;
-      if (!d.panel) pack<PAIRS>(d, k0, packed, lines);
+      const int64_t next = p.next && k0 + BLOCK + AHEAD > p.K ? p.next + AHEAD - p.K : AHEAD;
+      if (!d.panel && !d.turned) pack<PAIRS>(d, k0, packed, lines);
       for (int64_t m = 0; m < rows; m += GROUP) {
         const int64_t some = smaller(GROUP, rows - m);
         int64_t at = 0;
-        for (int i = 0; i < (dropout ? p.parts : 1); ++i) {
+        for (int i = 0; i < (dropout || d.turned ? p.parts : 1); ++i) {
           const Mask mask = {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold};
           const bool ahead = m + 2 * GROUP <= rows;
-          const int64_t width = dropout ? round_up(p.part[i].R, VL) : d.width;
+          const int64_t width = dropout || d.turned ? round_up(p.part[i].R, VL) : d.width;
           float* to = sums + m * d.width + at;
           if (PAIRS) {
             const View x = view_bf16(p.x, m0 + m, some, k0, columns, mask, block, BLOCK_LD, ahead);
             along({x, reinterpret_cast<const uint64_t*>(panel) + at, d.width, columns, to, d.width, k0 > 0}, some, width);
           } else {
             const View x = view(p.x, m0 + m, some, k0, columns, mask, block, ahead);
-            product({x.at, x.ld, 1, panel + at, d.width, columns, to, d.width, k0 > 0}, some, width / VL);
+            if (d.turned)
+              (some == 1 ? meet_turned<1> : some == 2 ? meet_turned<2> : some == 3 ? meet_turned<3> : meet_turned<FEW>)(x, p.part[i], k0, columns, next, to, d.width, k0 > 0);
+            else
+              product({x.at, x.ld, 1, panel + at, d.width, columns, to, d.width, k0 > 0}, some, width / VL);
           }
           at += width;
         }
@@ -91,11 +111,12 @@ namespace LK_ISA_NAME {
 
 void lowrank_down(const LowrankDown& p) {
   if (p.M == 0) return;
-  Down d = {&p, nullptr, 0};
+  Down d = {&p, nullptr, 0, true};
   bool pairs = HAS_DOT;
   for (int i = 0; i < p.parts; ++i) {
     d.width += round_up(p.part[i].R, VL);
     pairs = pairs && paired(p.x, p.part[i].A);
+    d.turned = d.turned && turns(p.part[i].A, p.M, p.K);
   }
   const Body run = pairs ? tasks<HAS_DOT> : tasks<false>;
   if (p.M <= ROWS) return run(0, 1, &d);

@@ -125,7 +125,7 @@ void multi_route(const Route& p) { p.wide ? route<int64_t>(p) : route<int32_t>(p
 void multi_lowrank_down(const MultiDown& p) {
   each<MultiDown>(p, p.K * p.parts, [](const MultiDown& p, int64_t e, int64_t begin, int64_t rows) {
     const Segments& s = p.segments;
-    LowrankDown one = {rows, p.K, through(p.x, s, begin), from(p.u, begin), 0, {}, dropout(s, e)};
+    LowrankDown one = {rows, p.K, through(p.x, s, begin), from(p.u, begin), 0, {}, dropout(s, e), s.pages ? 0 : p.A.stride};
     for (int64_t i = 0; i < p.parts; ++i)
       if (const int64_t rank = rank_of(s, e, i)) one.part[one.parts++] = {ranks_down(p.A, s, e, i), rank, i * s.R};
     if (one.parts) kernels().lowrank_down(one);

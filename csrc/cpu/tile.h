@@ -167,8 +167,8 @@ static void pack_rows(const Matrix& m, int64_t row0, int64_t depth, int64_t colu
 }
 
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
-// to[i * ld + j] = line[j][d + i] for i, j < 8
-LK_INLINE void turn8(const float* const* line, int64_t d, float* to, int64_t ld) {
+// out[i][j] = line[j][d + i] for i, j < 8
+LK_INLINE void turn8(const float* const* line, int64_t d, __m256 (&out)[8]) {
   __m256 a[8], b[8];
   for (int j = 0; j < 8; ++j) a[j] = _mm256_loadu_ps(line[j] + d);
   for (int j = 0; j < 8; j += 2) b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
@@ -176,11 +176,30 @@ LK_INLINE void turn8(const float* const* line, int64_t d, float* to, int64_t ld)
     a[j] = _mm256_shuffle_ps(b[j], b[j + 2], 0x44), a[j + 1] = _mm256_shuffle_ps(b[j], b[j + 2], 0xee);
     a[j + 2] = _mm256_shuffle_ps(b[j + 1], b[j + 3], 0x44), a[j + 3] = _mm256_shuffle_ps(b[j + 1], b[j + 3], 0xee);
   }
+  for (int i = 0; i < 4; ++i) out[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20), out[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+}
+
+// out[i][j] = line[j][d + i] for i < 8, j < VL
+#ifdef LK_ISA_AVX512
+LK_INLINE void turn(const float* const* line, int64_t d, Vec (&out)[8]) {
+  Vec a[8], b[8];
+  for (int j = 0; j < 8; ++j) {
+    const int at = j < 4 ? j : j + 4;  // lines at and at + 4 share a vector, so that the last step leaves all in order
+    a[j] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(line[at] + d)), _mm256_loadu_ps(line[at + 4] + d), 1);
+  }
+  for (int j = 0; j < 8; j += 2) b[j] = _mm512_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm512_unpackhi_ps(a[j], a[j + 1]);
+  for (int j = 0; j < 8; j += 4) {
+    a[j] = _mm512_shuffle_ps(b[j], b[j + 2], 0x44), a[j + 1] = _mm512_shuffle_ps(b[j], b[j + 2], 0xee);
+    a[j + 2] = _mm512_shuffle_ps(b[j + 1], b[j + 3], 0x44), a[j + 3] = _mm512_shuffle_ps(b[j + 1], b[j + 3], 0xee);
+  }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    const __m512i low = _mm512_castps_si512(a[i]), high = _mm512_castps_si512(a[i + 4]);
+    out[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low, high, 0x88)), out[i + 4] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low, high, 0xdd));
   }
 }
+#else
+LK_INLINE void turn(const float* const* line, int64_t d, Vec (&out)[8]) { turn8(line, d, out); }
+#endif
 #endif
 
 // panel[d * ld + c] = m[row0 + c, column0 + d] for c < rows, zero up to width; lines: scratch for TURN * depth floats. ahead: how many bytes
@@ -211,12 +230,44 @@ static void pack_turned(const Matrix& m, int64_t row0, int64_t rows, int64_t col
     for (; some == TURN && d + TURN <= depth; d += TURN) {
       if (there && ahead && d % 16 == 0)
         for (int64_t i = 0; i < TURN; ++i) __builtin_prefetch(reinterpret_cast<const char*>(line[i] + d) + ahead, 0, 2);
-      turn8(line, d, panel + d * ld + c, ld);
+      __m256 out[TURN];
+      turn8(line, d, out);
+      for (int i = 0; i < TURN; ++i) _mm256_storeu_ps(panel + (d + i) * ld + c, out[i]);
     }
 #endif
     for (; d < depth; ++d)
       for (int64_t i = 0; i < some; ++i) panel[d * ld + c + i] = line[i][d];
   }
+}
+
+// Few rows read a packed panel about once: where m's rows stand in memory as float32, they are turned in registers and meet them there,
+// with the bits of a panel.
+constexpr int FEW = 4;
+LK_INLINE bool turns(const Matrix& m, int64_t rows, int64_t depth) {
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+  return rows <= FEW && depth % TURN == 0 && m.dtype == DType::f32 && m.col_stride == 1 && !m.col_index && m.row_stride != 1;
+#else
+  return false;
+#endif
+}
+
+// sum[i][0] += sum over d < depth of p[i * p_row + d] * m[row0 + 0 ... VL - 1, column0 + d], where turns(); columns from `count` on are not used.
+// ahead: pack_turned's
+template <int ROWS>
+LK_INLINE void accumulate_turned(const float* p, int64_t p_row, const Matrix& m, int64_t row0, int64_t count, int64_t column0, int64_t depth, int64_t ahead, Vec (&sum)[ROWS][1]) {
+#if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)
+  const float* line[VL];
+  for (int64_t c = 0; c < VL; ++c) line[c] = static_cast<const float*>(m.data) + place(m, row0 + smaller(c, count - 1)) * m.row_stride + column0;
+  for (int64_t d = 0; d < depth; d += TURN) {
+    Vec part[TURN];
+    turn(line, d, part);
+    if (d % 16 == 0)
+      for (int64_t c = 0; c < VL; ++c) __builtin_prefetch(reinterpret_cast<const char*>(line[c] + d) + ahead, 0, 2);
+#pragma GCC unroll 8
+    for (int k = 0; k < TURN; ++k)
+      for (int i = 0; i < ROWS; ++i) sum[i][0] = fma(broadcast(p[i * p_row + d + k]), part[k], sum[i][0]);
+  }
+#endif
 }
 
 template <DType dtype>
