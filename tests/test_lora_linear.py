@@ -263,7 +263,7 @@ def test_native_kernels_bits_do_not_depend_on_threads_or_on_a_rows_place():
 @needs_native_cpu
 @pytest.mark.parametrize("p", (0.0, 0.3))
 @pytest.mark.parametrize("R", (3, 8, 16, 24))
-def test_native_kernels_of_few_rows_have_the_bits_of_many(R, p):
+def test_native_kernels_bits_of_few_rows_are_those_of_many(R, p):
     x, y, u, v = torch.randn(8, 1000).bfloat16(), torch.randn(136, 1500).bfloat16(), torch.randn(136, R), torch.randn(1500, R)
     A, bias, seed = [torch.randn(R, 1000), torch.randn(R + 9, 1016)[:, 16:]], torch.randn(1500), torch.tensor([9])
     with lk.use_backend("cpu"):
