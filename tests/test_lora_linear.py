@@ -288,6 +288,19 @@ def test_each_call_has_its_own_mask(device):
 
 
 @needs_native_cpu
+@pytest.mark.parametrize("adapter", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("base", [BF16, F16], ids=["bfloat16", "float16"])
+def test_native_kernels_bits_stay_where_nothing_is_added(base, adapter):
+    """Every number of a half-precision dtype: there are instructions that take the subnormal ones for zero."""
+    y = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(base)
+    y = y[~y.isnan()][: 60 * 1000].reshape(60, 1000)
+    for rows in (60, 3):
+        before = y[:rows].clone()
+        native_add(y[:rows], torch.ones(rows, 8), torch.zeros(1000, 8, dtype=adapter), 0.5, None, None, 0.0)
+        assert torch.equal(y[:rows], before)
+
+
+@needs_native_cpu
 @pytest.mark.parametrize("base", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("N, R", [(1, 1), (23, 3), (24, 16), (47, 17), (49, 65), (481, 8)])
 def test_in_place_add_stays_inside_its_matrix(base, N, R):

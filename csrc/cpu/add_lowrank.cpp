@@ -20,50 +20,61 @@ constexpr int64_t KEEP_LD = COLUMNS_MAX + DRAW;
 constexpr int64_t BLOCK_ROWS = 128;            // enough rows to pay for the packing
 constexpr int64_t AHEAD = 8192;                // bytes that v is brought in before it is turned
 
-// y += the sums of some rows and of vecs vectors of columns from n0 + c0 on, of which `valid` - c0 are y's
-template <DType dtype, int rows, int vecs, bool dropout>
-LK_INLINE void add_sums(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int64_t valid, const float* bias, const int16_t* keep, const Vec (&sum)[rows][vecs]) {
-  using E = Element<dtype>;
-  constexpr int64_t TILE = vecs * VL;
-  const Vec scaling = broadcast(dropout ? p.scaling * p.dropout.scale : p.scaling);
+// y += what sum_up(sum) sums, in some rows and vecs vectors of columns from n0 + c0 on, of which `valid` - c0 are y's. ahead: as many
+// rows come next.
+template <DType dtype, int rows, int vecs, bool dropout, class SumUp>
+LK_INLINE void tile(const AddLowrank& p, int64_t m, int64_t n0, int64_t c0, int64_t valid, const float* bias, const int16_t* keep, bool ahead, SumUp sum_up) {
+  using Type = typename Element<dtype>::type;
+  constexpr int64_t COLUMNS = vecs * VL;
+  const auto columns_of = [&](int64_t row) { return static_cast<Type*>(p.y.data) + place(p.y, row) * p.y.row_stride + n0 + c0; };
+  const bool whole = c0 + COLUMNS <= valid;
+  Type *y[rows], edge[rows][COLUMNS];
   for (int i = 0; i < rows; ++i) {
-    typename E::type* y = static_cast<typename E::type*>(p.y.data) + place(p.y, m + i) * p.y.row_stride + n0 + c0;
-    typename E::type edge[TILE];
-    const bool whole = c0 + TILE <= valid;
+    y[i] = columns_of(m + i);
+    if (ahead) {
+      const char* next = reinterpret_cast<const char*>(columns_of(m + rows + i));
+      for (int64_t b = 0; b < COLUMNS * static_cast<int64_t>(sizeof(Type)); b += 64) __builtin_prefetch(next + b);
+    }
     if (!whole) {
-      memset(edge, 0, sizeof edge);
-      memcpy(edge, y, (valid - c0) * sizeof *y);
+      memset(edge[i], 0, sizeof edge[i]);
+      memcpy(edge[i], y[i], (valid - c0) * sizeof(Type));
+      y[i] = edge[i];
     }
-    typename E::type* at = whole ? y : edge;
-    for (int j = 0; j < vecs; ++j) {
-      Vec delta = mul(scaling, sum[i][j]);
-      if (dropout) delta = masked(delta, keep + i * KEEP_LD + c0 + j * VL);
-      E::put(at + j * VL, add(E::get(at + j * VL), add(delta, load(bias + c0 + j * VL))));
-    }
-    if (!whole) memcpy(y, edge, (valid - c0) * sizeof *y);
   }
-}
-
-template <DType dtype, int rows, bool dropout, bool PAIRS>
-LK_INLINE void tile(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t c0, int64_t cols, int64_t valid,
-                    const float* panel, const float* bias, const int16_t* keep) {
-  Vec sum[rows][VECS];
+  Vec sum[rows][vecs];
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < VECS; ++j) sum[i][j] = zero();
-  accumulate<rows, VECS, PAIRS>(u.at, u.ld, 1, panel + c0, cols, PAIRS ? ceil_div(p.R, 2) : p.R, sum);
-  add_sums<dtype, rows, VECS, dropout>(p, m, n0, c0, valid, bias, keep, sum);
+    for (int j = 0; j < vecs; ++j) sum[i][j] = zero();
+  sum_up(sum);
+  const Vec scaling = broadcast(dropout ? p.scaling * p.dropout.scale : p.scaling);
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i) {  // unrolled, or the sums leave their registers
+    Vec result[vecs];
+    for (int j = 0; j < vecs; ++j) {
+      const Vec part = dropout ? masked(sum[i][j], keep + i * KEEP_LD + c0 + j * VL) : sum[i][j], before = Element<dtype>::get(y[i] + j * VL);
+      result[j] = bias ? add(before, fma(scaling, part, load(bias + c0 + j * VL))) : fma(scaling, part, before);
+    }
+    put_all<dtype>(y[i], result);
+  }
+  for (int i = 0; !whole && i < rows; ++i) memcpy(columns_of(m + i), edge[i], (valid - c0) * sizeof(Type));
 }
 
-// The same of all columns, where turns(v)
+// All columns of some rows, from a panel
+template <DType dtype, int rows, bool dropout, bool PAIRS>
+LK_INLINE void tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t cols, int64_t valid, const float* panel, const float* bias, const int16_t* keep, bool ahead) {
+  for (int64_t c = 0; c < valid; c += TILE)
+    tile<dtype, rows, VECS, dropout>(p, m, n0, c, valid, bias, keep, ahead, [&](Vec(&sum)[rows][VECS]) {
+      accumulate<rows, VECS, PAIRS>(u.at, u.ld, 1, panel + c, cols, PAIRS ? ceil_div(p.R, 2) : p.R, sum);
+    });
+}
+
+// The same where turns(v)
 template <DType dtype, int rows, bool dropout>
 static void turned_tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t valid, const float* bias, const int16_t* keep) {
-  const int64_t tile = VL * p.v.row_stride * static_cast<int64_t>(sizeof(float));
-  for (int64_t c = 0; c < valid; c += VL) {
-    Vec sum[rows][1];
-    for (auto& row : sum) row[0] = zero();
-    accumulate_turned<rows>(u.at, u.ld, p.v, n0 + c, valid - c, 0, p.R, larger(tile, AHEAD), sum);
-    add_sums<dtype, rows, 1, dropout>(p, m, n0, c, valid, bias, keep, sum);
-  }
+  const int64_t ahead = larger(VL * p.v.row_stride * static_cast<int64_t>(sizeof(float)), AHEAD);
+  for (int64_t c = 0; c < valid; c += VL)
+    tile<dtype, rows, 1, dropout>(p, m, n0, c, valid, bias, keep, false, [&](Vec(&sum)[rows][1]) {
+      accumulate_turned<rows>(u.at, u.ld, p.v, n0 + c, valid - c, 0, p.R, ahead, sum);
+    });
 }
 
 static int64_t pairs_ld(const AddLowrank& p) { return round_up(p.R, PAD) / 2; }
@@ -77,8 +88,9 @@ static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_
     pack_words(turned(p.v), 0, p.R, n0, valid, cols, cols, reinterpret_cast<uint32_t*>(panel), lines);
   else if (!few)
     pack_turned(p.v, n0, valid, 0, p.R, cols, cols, panel, lines, valid * p.v.row_stride * static_cast<int64_t>(sizeof(float)));
-  for (int64_t c = 0; c < cols; ++c)
-    bias[c] = c < valid && p.bias.data ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
+  for (int64_t c = 0; p.bias.data && c < cols; ++c)
+    bias[c] = c < valid ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
+  if (!p.bias.data) bias = nullptr;
   int16_t keep[ROWS * KEEP_LD];
   const auto draw_rows = [&](int64_t m, int rows) {
     for (int i = 0; i < rows; ++i)
@@ -98,14 +110,11 @@ static void task(const AddLowrank& p, int64_t m0, int64_t m1, int64_t n0, int64_
   int64_t m = m0;
   for (; m + ROWS <= m1; m += ROWS) {
     if (dropout) draw_rows(m, ROWS);
-    for (int64_t i = m + ROWS; i < smaller(m + 2 * ROWS, m1); ++i) prefetch(p.y, i, n0, valid);
-    const View u = rows_of_u(m, ROWS);
-    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, ROWS, dropout, PAIRS>(p, u, m, n0, c, cols, valid, panel, bias, keep);
+    tiles<dtype, ROWS, dropout, PAIRS>(p, rows_of_u(m, ROWS), m, n0, cols, valid, panel, bias, keep, m + 2 * ROWS <= m1);
   }
   for (; m < m1; ++m) {
     if (dropout) draw_rows(m, 1);
-    const View u = rows_of_u(m, 1);
-    for (int64_t c = 0; c < valid; c += TILE) tile<dtype, 1, dropout, PAIRS>(p, u, m, n0, c, cols, valid, panel, bias, keep);
+    tiles<dtype, 1, dropout, PAIRS>(p, rows_of_u(m, 1), m, n0, cols, valid, panel, bias, keep, false);
   }
 }
 

@@ -75,21 +75,22 @@ static void tasks(int64_t begin, int64_t end, void* context) {
       if (!d.panel && !d.turned) pack<PAIRS>(d, k0, packed, lines);
       for (int64_t m = 0; m < rows; m += GROUP) {
         const int64_t some = smaller(GROUP, rows - m);
+        Ahead ahead = m + GROUP < rows ? Ahead(p.x, m0 + m + GROUP, smaller(GROUP, rows - m - GROUP), k0, columns)
+                                       : Ahead(p.x, m0, k0 + BLOCK < p.K ? smaller(GROUP, rows) : 0, k0 + BLOCK, smaller(BLOCK, p.K - k0 - BLOCK));
         int64_t at = 0;
         for (int i = 0; i < (dropout || d.turned ? p.parts : 1); ++i) {
           const Mask mask = {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold};
-          const bool ahead = m + 2 * GROUP <= rows;
           const int64_t width = dropout || d.turned ? round_up(p.part[i].R, VL) : d.width;
           float* to = sums + m * d.width + at;
           if (PAIRS) {
-            const View x = view_bf16(p.x, m0 + m, some, k0, columns, mask, block, BLOCK_LD, ahead);
-            along({x, reinterpret_cast<const uint64_t*>(panel) + at, d.width, columns, to, d.width, k0 > 0}, some, width);
+            const View x = view_bf16(p.x, m0 + m, some, k0, columns, mask, block, BLOCK_LD);
+            along({x, reinterpret_cast<const uint64_t*>(panel) + at, d.width, columns, to, d.width, k0 > 0}, some, width, ahead);
           } else {
-            const View x = view(p.x, m0 + m, some, k0, columns, mask, block, ahead);
+            const View x = view(p.x, m0 + m, some, k0, columns, mask, block);
             if (d.turned)
               (some == 1 ? meet_turned<1> : some == 2 ? meet_turned<2> : some == 3 ? meet_turned<3> : meet_turned<FEW>)(x, p.part[i], k0, columns, next, to, d.width, k0 > 0);
             else
-              product({x.at, x.ld, 1, panel + at, d.width, columns, to, d.width, k0 > 0}, some, width / VL);
+              product({x.at, x.ld, 1, panel + at, d.width, columns, to, d.width, k0 > 0}, some, width / VL, ahead);
           }
           at += width;
         }

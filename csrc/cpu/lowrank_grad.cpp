@@ -11,7 +11,9 @@
 namespace lk::cpu {
 namespace {
 
-constexpr int64_t ROWS = 32;                  // rows of a block that is copied to float32
+template <bool PAIRS>
+constexpr int64_t ROWS = PAIRS ? 128 : 32;    // of a block: as float32 it is copied, which stays in the first cache; as pairs it is read where it lies
+constexpr int64_t ROWS_MAX = 128;
 constexpr int64_t STRIPES = 32;               // at most so many: they are the parallel work, and the parts of du
 constexpr int64_t PART_FLOATS = 2 << 20;      // all parts of du of a slab of rows: 8 MiB
 
@@ -52,29 +54,29 @@ static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, floa
       pack_turned({p.B.data, p.B.col_stride, p.B.row_stride, p.B.dtype, p.B.col_index}, 0, p.R, n0, columns, g.width, g.width, panel, turn);
     else if (p.B.data)
       pack_rows(p.B, n0, columns, 0, p.R, g.width, g.width, panel);
-    for (int64_t m = g.m0; m < g.m1; m += ROWS) {
-      const int64_t rows = smaller(ROWS, g.m1 - m);
-      const bool ahead = m + 2 * ROWS <= g.m1;
+    for (int64_t m = g.m0; m < g.m1; m += ROWS<PAIRS>) {
+      const int64_t rows = smaller(ROWS<PAIRS>, g.m1 - m);
+      Ahead ahead(p.dy, m + ROWS<PAIRS>, smaller(ROWS<PAIRS>, g.m1 - m - ROWS<PAIRS>), n0, columns);
       float* du = g.parts + (t * g.slab + m - g.m0) * g.width;
       if (PAIRS) {
-        const View dy = view_bf16(p.dy, m, rows, n0, columns, {}, block, BLOCK_LD, ahead);
-        if (p.B.data) along({dy, reinterpret_cast<const uint64_t*>(panel), g.width, columns, du, g.width, n0 > begin}, rows, g.width);
+        const View dy = view_bf16(p.dy, m, rows, n0, columns, {}, block, BLOCK_LD);
+        if (p.B.data) along({dy, reinterpret_cast<const uint64_t*>(panel), g.width, columns, du, g.width, n0 > begin}, rows, g.width, ahead);
         if (p.u.data) {
           pack_words(p.u, m, rows, 0, p.R, p.R, p.R, reinterpret_cast<uint32_t*>(lines), turn);
-          across({reinterpret_cast<const uint32_t*>(lines), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns);
+          across({reinterpret_cast<const uint32_t*>(lines), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns, ahead);
         }
         continue;
       }
-      const View dy = p.u.data ? copy(p.dy, m, rows, n0, columns, {}, block, ahead) : view(p.dy, m, rows, n0, columns, {}, block);
+      const View dy = p.u.data ? copy(p.dy, m, rows, n0, columns, {}, block) : view(p.dy, m, rows, n0, columns, {}, block);
       if (p.B.data)
-        product({dy.at, dy.ld, 1, panel, g.width, columns, du, g.width, n0 > begin}, rows, g.width / VL);
+        product({dy.at, dy.ld, 1, panel, g.width, columns, du, g.width, n0 > begin}, rows, g.width / VL, ahead);
       if (p.u.data) {
         View u = {static_cast<const float*>(p.u.data) + m * p.u.row_stride, p.u.row_stride};
         if (p.R != g.width) {
           pack_rows(p.u, m, rows, 0, p.R, g.width, g.width, lines);
           u = {lines, g.width};
         }
-        product({dy.at, 1, dy.ld, u.at, u.ld, rows, dB, g.width, m > 0}, columns, g.width / VL);
+        product({dy.at, 1, dy.ld, u.at, u.ld, rows, dB, g.width, m > 0}, columns, g.width / VL, ahead);
       }
     }
     if (p.u.data && g.m1 == p.M) {
@@ -91,8 +93,8 @@ template <bool PAIRS>
 static void up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
   const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width);
-  Scratch scratch(WORKER, BLOCK * g.width + ROWS * BLOCK_LD + ROWS * g.width + turn_floats + 64);
-  float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS * BLOCK_LD), *lines = scratch.next(ROWS * g.width), *turn = scratch.next(turn_floats);
+  Scratch scratch(WORKER, BLOCK * g.width + ROWS<PAIRS> * BLOCK_LD + ROWS<PAIRS> * g.width + turn_floats + 64);
+  float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS<PAIRS> * BLOCK_LD), *lines = scratch.next(ROWS<PAIRS> * g.width), *turn = scratch.next(turn_floats);
   for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);
 }
 
@@ -114,7 +116,7 @@ static void sum_parts(int64_t begin, int64_t end, void* context) {
 static void up(const LowrankGrad& p) {
   Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, p.B.data ? p.B : p.dB), nullptr, nullptr, 0, 0, 0, 0};
   g.dB_floats = BLOCK_LD * g.width;
-  g.slab = smaller(p.M, larger(ROWS, PART_FLOATS / (g.stripes.count * g.width) / ROWS * ROWS));
+  g.slab = smaller(p.M, larger(ROWS_MAX, PART_FLOATS / (g.stripes.count * g.width) / ROWS_MAX * ROWS_MAX));
   const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? g.stripes.count * ceil_div(g.stripes.width, BLOCK) * g.dB_floats : 0;
   Scratch scratch(CALLER, parts + dB + 16);
   g.parts = scratch.next(parts), g.dB = scratch.next(dB);
@@ -134,23 +136,23 @@ static void down_tasks(int64_t begin, int64_t end, void* context) {
   const bool dropout = p.dropout.threshold;
   const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
   const int64_t turn_floats = larger(BLOCK, p.R);
-  Scratch scratch(WORKER, ROWS * BLOCK_LD + p.R * BLOCK_LD + ROWS * p.R + turn_floats + 64);
-  float *block = scratch.next(ROWS * BLOCK_LD), *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(ROWS * p.R), *turn = scratch.next(turn_floats);
+  Scratch scratch(WORKER, ROWS<PAIRS> * BLOCK_LD + p.R * BLOCK_LD + ROWS<PAIRS> * p.R + turn_floats + 64);
+  float *block = scratch.next(ROWS<PAIRS> * BLOCK_LD), *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(ROWS<PAIRS> * p.R), *turn = scratch.next(turn_floats);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t end_k = smaller((t + 1) * g.stripes.width, p.K);
     for (int64_t k0 = t * g.stripes.width; k0 < end_k; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, end_k - k0);
-      for (int64_t m = 0; m < p.M; m += ROWS) {
-        const int64_t rows = smaller(ROWS, p.M - m);
-        const bool ahead = m + 2 * ROWS <= p.M;
+      for (int64_t m = 0; m < p.M; m += ROWS<PAIRS>) {
+        const int64_t rows = smaller(ROWS<PAIRS>, p.M - m);
+        Ahead ahead(p.x, m + ROWS<PAIRS>, smaller(ROWS<PAIRS>, p.M - m - ROWS<PAIRS>), k0, columns);
         if (PAIRS) {
-          const View x = view_bf16(p.x, m, rows, k0, columns, mask, block, BLOCK_LD, ahead);
+          const View x = view_bf16(p.x, m, rows, k0, columns, mask, block, BLOCK_LD);
           pack_words(p.du, m, rows, 0, p.R, p.R, p.R, reinterpret_cast<uint32_t*>(lines), turn);
-          across({reinterpret_cast<const uint32_t*>(lines), x, rows, sums, BLOCK_LD, m > 0}, p.R, columns);
+          across({reinterpret_cast<const uint32_t*>(lines), x, rows, sums, BLOCK_LD, m > 0}, p.R, columns, ahead);
         } else {
-          const View x = copy(p.x, m, rows, k0, columns, mask, block, ahead);
+          const View x = copy(p.x, m, rows, k0, columns, mask, block);
           const float* du = static_cast<const float*>(p.du.data) + m * p.du.row_stride;
-          product({du, 1, p.du.row_stride, x.at, x.ld, rows, sums, BLOCK_LD, m > 0}, p.R, ceil_div(columns, VL));
+          product({du, 1, p.du.row_stride, x.at, x.ld, rows, sums, BLOCK_LD, m > 0}, p.R, ceil_div(columns, VL), ahead);
         }
       }
       for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, sums + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);

@@ -41,8 +41,7 @@ static const uint16_t* row_bf16(const Matrix& m, int64_t row, int64_t column, in
 constexpr int64_t PAD = 4;  // what along() takes at once
 
 // Rows of bfloat16, zero up to a multiple of PAD columns; ld counts float32. Where memory holds just that, they stay there.
-static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, int64_t ld, bool ahead = false) {
-  for (int64_t i = 0; ahead && i < rows; ++i) prefetch(m, m0 + rows + i, c0, columns);
+static View view_bf16(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, int64_t ld) {
   if (m.dtype == DType::bf16 && m.col_stride == 1 && m.row_stride % 2 == 0 && columns % PAD == 0 && !mask.seed && !m.index && !m.col_index)
     return {reinterpret_cast<const float*>(static_cast<const uint16_t*>(m.data) + m0 * m.row_stride + c0), m.row_stride / 2};
   for (int64_t i = 0; i < rows; ++i) {
@@ -73,6 +72,23 @@ static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
       a[i + 4] = _mm512_shuffle_i32x4(r, s, 0x88), a[i + 6] = _mm512_shuffle_i32x4(r, s, 0xdd);
     }
     for (int64_t w = 0; w < words; ++w) _mm512_storeu_si512(panel + w * ld, a[w]);
+  }
+}
+#endif
+
+#ifdef LK_ISA_AVX512BF16
+// to[c] = (a[c], b[c]) rounded; what is subnormal is zero, as it is to the dot product.
+LK_INLINE void zip_rounded(const float* a, const float* b, int64_t columns, uint32_t* to) {
+  const __m512i between = _mm512_add_epi32(_mm512_set1_epi32(0x100000), _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f));
+  for (int64_t c = 0; c < columns; c += VL) {
+    const int64_t some = smaller(VL, columns - c);
+    const __mmask32 valid = some < VL ? (1u << 2 * some) - 1 : ~0u;
+    const Vec low = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(valid, a + c)), high = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(valid, b + c));
+    const __m512i words = _mm512_permutexvar_epi16(between, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    if (some == VL)
+      _mm512_storeu_si512(to + c, words);
+    else
+      memcpy(to + c, &words, some * sizeof *to);
   }
 }
 #endif
@@ -109,6 +125,13 @@ static void pack_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
   for (; d < depth; d += EACH) {
     Word* to = panel + d / EACH * ld;
     const int64_t some = smaller(EACH, depth - d);
+#ifdef LK_ISA_AVX512BF16
+    if (EACH == 2 && some == EACH && m.dtype == DType::f32 && m.col_stride == 1 && !m.col_index && width == columns) {
+      const float* data = static_cast<const float*>(m.data) + column0;
+      zip_rounded(data + place(m, row0 + d) * m.row_stride, data + place(m, row0 + d + 1) * m.row_stride, columns, reinterpret_cast<uint32_t*>(to));
+      continue;
+    }
+#endif
     const uint16_t* row[EACH];
     for (int64_t i = 0; i < some; ++i) row[i] = row_bf16(m, row0 + d + i, column0, columns, {}, reinterpret_cast<uint16_t*>(lines) + i * columns);
     if (some == EACH)  // nearly always: one pass over the columns
@@ -171,13 +194,14 @@ struct Along {
 };
 
 #if defined(LK_ISA_AVX512BF16)
-template <int ROWS>
-LK_INLINE void along_tile(const Along& g, int64_t m, int64_t r0) {
+template <int ROWS, class Next>
+LK_INLINE void along_tile(const Along& g, int64_t m, int64_t r0, Next&& next) {
   Vec sum[ROWS][2];
   for (auto& row : sum) row[0] = row[1] = zero();
   const float* panel = reinterpret_cast<const float*>(g.panel + r0);
   const float* a = g.a.at + m * g.a.ld;
   for (int64_t d = 0; d < g.depth; d += 4, a += 2, panel += 2 * g.ld) {
+    next.bring();
     const Vec low = load(panel), high = load(panel + VL);
     for (int i = 0; i < ROWS; ++i) {
       const Vec four = broadcast2(a + i * g.a.ld);
@@ -191,16 +215,16 @@ LK_INLINE void along_tile(const Along& g, int64_t m, int64_t r0) {
   }
 }
 
-static void along(const Along& g, int64_t rows, int64_t width) {
+static void along(const Along& g, int64_t rows, int64_t width, Ahead& next) {
   for (int64_t r = 0; r < width; r += VL) {
     int64_t m = 0;
-    for (; m + 6 <= rows; m += 6) along_tile<6>(g, m, r);
-    for (; m + 2 <= rows; m += 2) along_tile<2>(g, m, r);
-    if (m < rows) along_tile<1>(g, m, r);
+    for (; m + 6 <= rows; m += 6) next.with([&](auto&& n) __attribute__((always_inline)) { along_tile<6>(g, m, r, n); });
+    for (; m + 2 <= rows; m += 2) next.with([&](auto&& n) __attribute__((always_inline)) { along_tile<2>(g, m, r, n); });
+    if (m < rows) next.with([&](auto&& n) __attribute__((always_inline)) { along_tile<1>(g, m, r, n); });
   }
 }
 #else
-static void along(const Along&, int64_t, int64_t) {}  // never called
+static void along(const Along&, int64_t, int64_t, Ahead&) {}  // never called
 #endif
 
 // -- out (R, columns) = or += p^T a, the depth across a's rows --------------------------------------------------------------
@@ -215,40 +239,45 @@ struct Across {
 };
 
 #if defined(LK_ISA_AVX512BF16)
-template <int RANKS>
-static void across_ranks(const Across& g, int64_t R, int64_t r0, int64_t columns) {
+template <int RANKS, class Next>
+LK_INLINE void across_tile(const Across& g, int64_t R, int64_t r0, int64_t c, int64_t columns, Next&& next) {
   static const uint16_t nothing[2 * VL] = {};
   const int64_t ld = 2 * g.a.ld;
-  for (int64_t c = 0; c < columns; c += 2 * VL) {
-    const __mmask32 valid = columns - c < 2 * VL ? (1u << (columns - c)) - 1 : ~0u;
-    Vec sum[RANKS][2];
-    for (auto& rank : sum) rank[0] = rank[1] = zero();
-    const uint16_t* row = reinterpret_cast<const uint16_t*>(g.a.at) + c;
-    const float* p = reinterpret_cast<const float*>(g.p + r0);
-    for (int64_t d = 0; d < g.depth; d += 2, row += 2 * ld, p += R) {
-      const Two both = zip(row, d + 1 < g.depth ? row + ld : nothing, valid);
-      for (int r = 0; r < RANKS; ++r) {
-        const Vec pair = broadcast(p[r]);
-        sum[r][0] = dot(pair, both.low, sum[r][0]), sum[r][1] = dot(pair, both.high, sum[r][1]);
-      }
-    }
+  const __mmask32 valid = columns - c < 2 * VL ? (1u << (columns - c)) - 1 : ~0u;
+  Vec sum[RANKS][2];
+  for (auto& rank : sum) rank[0] = rank[1] = zero();
+  const uint16_t* row = reinterpret_cast<const uint16_t*>(g.a.at) + c;
+  const float* p = reinterpret_cast<const float*>(g.p + r0);
+  for (int64_t d = 0; d < g.depth; d += 2, row += 2 * ld, p += R) {
+    next.bring();
+    const Two both = zip(row, d + 1 < g.depth ? row + ld : nothing, valid);
     for (int r = 0; r < RANKS; ++r) {
-      float* to = g.out + (r0 + r) * g.out_ld + c;
-      const Two total = in_order(sum[r][0], sum[r][1]);
-      store(to, g.add ? add(load(to), total.low) : total.low);
-      store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
+      const Vec pair = broadcast(p[r]);
+      sum[r][0] = dot(pair, both.low, sum[r][0]), sum[r][1] = dot(pair, both.high, sum[r][1]);
     }
+  }
+  for (int r = 0; r < RANKS; ++r) {
+    float* to = g.out + (r0 + r) * g.out_ld + c;
+    const Two total = in_order(sum[r][0], sum[r][1]);
+    store(to, g.add ? add(load(to), total.low) : total.low);
+    store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
   }
 }
 
-static void across(const Across& g, int64_t R, int64_t columns) {
+template <int RANKS>
+static void across_ranks(const Across& g, int64_t R, int64_t r0, int64_t columns, Ahead& next) {
+  for (int64_t c = 0; c < columns; c += 2 * VL)
+    next.with([&](auto&& n) __attribute__((always_inline)) { across_tile<RANKS>(g, R, r0, c, columns, n); });
+}
+
+static void across(const Across& g, int64_t R, int64_t columns, Ahead& next) {
   int64_t r = 0;
-  for (; r + 8 <= R; r += 8) across_ranks<8>(g, R, r, columns);
-  for (; r + 4 <= R; r += 4) across_ranks<4>(g, R, r, columns);
-  for (; r < R; ++r) across_ranks<1>(g, R, r, columns);
+  for (; r + 8 <= R; r += 8) across_ranks<8>(g, R, r, columns, next);
+  for (; r + 4 <= R; r += 4) across_ranks<4>(g, R, r, columns, next);
+  for (; r < R; ++r) across_ranks<1>(g, R, r, columns, next);
 }
 #else
-static void across(const Across&, int64_t, int64_t) {}  // never called
+static void across(const Across&, int64_t, int64_t, Ahead&) {}  // never called
 #endif
 
 }  // namespace

@@ -15,14 +15,55 @@ LK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+LK_INLINE int64_t place(const Matrix& m, int64_t row) { return m.index ? m.index[row] : row; }
+
+// Rows m0.. and columns c0.. of a matrix that are wanted next. A product asks for them line by line while it computes: all at once they
+// would fill the few places that the first cache has for what is on its way, and what is wanted now would wait for them. Row by row,
+// for memory reads neighbours faster; a block's rows lie too far apart for the processor to guess the next one.
+struct Nothing {
+  __attribute__((always_inline)) void bring() {}
+};
+
+struct Ahead {
+  const Matrix* m = nullptr;
+  int64_t row = 0, rows = 0, start = 0, lines = 0, line = 0;
+  const char* at = nullptr;
+
+  Ahead() = default;
+  Ahead(const Matrix& m_, int64_t m0, int64_t count, int64_t c0, int64_t columns) {
+    if (m_.col_stride != 1 || count <= 0) return;
+    const int64_t size = m_.dtype == DType::f32 ? 4 : 2;
+    m = &m_, row = m0, rows = count, start = c0 * size, line = lines = (columns * size + 63) / 64;
+    at = of_row();
+  }
+  const char* of_row() const { return static_cast<const char*>(m->data) + place(*m, row) * m->row_stride * (m->dtype == DType::f32 ? 4 : 2) + start; }
+  __attribute__((always_inline)) void bring() {
+    if (!rows) return;
+    __builtin_prefetch(at);
+    at += 64;
+    if (--line) return;
+    line = lines, ++row;
+    if (--rows) at = of_row();
+  }
+  // Runs a loop that calls bring(); where there is nothing to bring, one compiled without.
+  template <class Loop>
+  __attribute__((always_inline)) void with(Loop loop) {
+    if (!rows) return loop(Nothing());
+    Ahead here = *this;  // in registers
+    loop(here);
+    *this = here;
+  }
+};
+
 // sum[i][j] += sum over d of p[i * p_row + d * p_step] * panel[d * ld + j * VL ...]; with PAIRS, p and the panel hold two
 // bfloat16 of the depth in the place of each float32 (pairs.h)
-template <int ROWS, int VECS, bool PAIRS = false>
+template <int ROWS, int VECS, bool PAIRS = false, class Next = Nothing>
 LK_INLINE void accumulate(const float* p, int64_t p_row, int64_t p_step, const float* panel, int64_t ld, int64_t depth,
-                          Vec (&sum)[ROWS][VECS]) {
+                          Vec (&sum)[ROWS][VECS], Next&& next = {}) {
   const float* row[ROWS];
   for (int i = 0; i < ROWS; ++i) row[i] = p + i * p_row;
   for (int64_t d = 0; d < depth; ++d) {
+    if (d % 2 == 0) next.bring();
     Vec b[VECS];
     for (int j = 0; j < VECS; ++j) b[j] = load(panel + d * ld + j * VL);
     for (int i = 0; i < ROWS; ++i) {
@@ -42,13 +83,13 @@ struct Product {
   bool add;  // to what is in out
 };
 
-template <int ROWS, int VECS>
-LK_INLINE void product_tile(const Product& g, int64_t i0, int64_t j0) {
+template <int ROWS, int VECS, class Next>
+LK_INLINE void product_tile(const Product& g, int64_t i0, int64_t j0, Next&& next) {
   Vec sum[ROWS][VECS];
   float* out = g.out + i0 * g.out_ld + j0 * VL;
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECS; ++j) sum[i][j] = zero();
-  accumulate<ROWS, VECS>(g.p + i0 * g.p_row, g.p_row, g.p_step, g.panel + j0 * VL, g.ld, g.depth, sum);
+  accumulate<ROWS, VECS>(g.p + i0 * g.p_row, g.p_row, g.p_step, g.panel + j0 * VL, g.ld, g.depth, sum, next);
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECS; ++j) {
       float* to = out + i * g.out_ld + j * VL;
@@ -57,37 +98,40 @@ LK_INLINE void product_tile(const Product& g, int64_t i0, int64_t j0) {
 }
 
 template <int VECS>
-static void product_columns(const Product& g, int64_t rows, int64_t j0) {
+static void product_columns(const Product& g, int64_t rows, int64_t j0, Ahead& next) {
   constexpr int ROWS = VECS == 1 ? 8 : 6;
   int64_t i = 0;
   while (i < rows) {
     const int64_t left = rows - i;
     if (left >= ROWS && left != 8) {
-      product_tile<ROWS, VECS>(g, i, j0);
+      next.with([&](auto&& n) __attribute__((always_inline)) { product_tile<ROWS, VECS>(g, i, j0, n); });
       i += ROWS;
     } else if (left >= 4) {
-      product_tile<4, VECS>(g, i, j0);
+      next.with([&](auto&& n) __attribute__((always_inline)) { product_tile<4, VECS>(g, i, j0, n); });
       i += 4;
     } else if (left >= 2) {
-      product_tile<2, VECS>(g, i, j0);
+      next.with([&](auto&& n) __attribute__((always_inline)) { product_tile<2, VECS>(g, i, j0, n); });
       i += 2;
     } else {
-      product_tile<1, VECS>(g, i, j0);
+      next.with([&](auto&& n) __attribute__((always_inline)) { product_tile<1, VECS>(g, i, j0, n); });
       i += 1;
     }
   }
 }
 
 // out (rows, vecs * VL) = or += p (rows, depth) panel (depth, vecs * VL)
-static void product(const Product& g, int64_t rows, int64_t vecs) {
+static void product(const Product& g, int64_t rows, int64_t vecs, Ahead& next) {
   int64_t j = 0;
-  for (; j + 2 <= vecs; j += 2) product_columns<2>(g, rows, j);
-  if (j < vecs) product_columns<1>(g, rows, j);
+  for (; j + 2 <= vecs; j += 2) product_columns<2>(g, rows, j, next);
+  if (j < vecs) product_columns<1>(g, rows, j, next);
+}
+
+static void product(const Product& g, int64_t rows, int64_t vecs) {
+  Ahead nothing;
+  product(g, rows, vecs, nothing);
 }
 
 // -- operands as float32 ----------------------------------------------------------------------------------------------
-
-LK_INLINE int64_t place(const Matrix& m, int64_t row) { return m.index ? m.index[row] : row; }
 
 template <DType dtype>
 static void load_row(const Matrix& m, int64_t row, int64_t column, int64_t count, float* out) {
@@ -124,22 +168,13 @@ struct View {
 constexpr int64_t BLOCK = 256;                // columns of a block: its rows and panels stay within the first two caches
 constexpr int64_t BLOCK_LD = BLOCK + 16;      // an odd number of cache lines, so that a column spreads over the sets
 
-// A stripe's rows lie too far apart for the processor to guess the next one.
-LK_INLINE void prefetch(const Matrix& m, int64_t row, int64_t column, int64_t count) {
-  const int64_t size = m.dtype == DType::f32 ? 4 : 2;
-  const char* at = static_cast<const char*>(m.data) + (place(m, row) * m.row_stride + column) * size;
-  if (m.col_stride == 1)
-    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(at + b);
-}
-
 // Rows m0.. and columns c0.. of a matrix (at most BLOCK of them, c0 a multiple of 8) as float32, copied to out (row length
 // BLOCK_LD) with zeros up to a multiple of VL columns and for what the mask drops; kept elements are not scaled.
-static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, bool ahead = false) {
+static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out) {
   int16_t keep[BLOCK + DRAW];
   const int64_t padded = round_up(columns, VL);
   for (int64_t i = 0; i < rows; ++i) {
     float* line = out + i * BLOCK_LD;
-    if (ahead) prefetch(m, m0 + rows + i, c0, columns);
     load_row_any(m, m0 + i, c0, columns, line);
     for (int64_t c = columns; c < padded; ++c) line[c] = 0.0f;
     if (mask.seed) {
@@ -151,10 +186,10 @@ static View copy(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t 
 }
 
 // The same without the zeros behind the last column, and without a copy where memory holds just that.
-static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out, bool ahead = false) {
+static View view(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, float* out) {
   if (m.dtype == DType::f32 && m.col_stride == 1 && !mask.seed && !m.index)
     return {static_cast<const float*>(m.data) + m0 * m.row_stride + c0, m.row_stride};
-  return copy(m, m0, rows, c0, columns, mask, out, ahead);
+  return copy(m, m0, rows, c0, columns, mask, out);
 }
 
 // panel[d * ld + c] = m[row0 + d, column0 + c] for c < columns, zero up to width

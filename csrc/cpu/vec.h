@@ -90,12 +90,13 @@ LK_INLINE Vec load_bf16(const uint16_t* p) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+#if defined(LK_ISA_AVX512BF16)
+LK_INLINE __mmask16 subnormal(Vec a) { return _mm512_fpclass_ps_mask(a, 0x20); }  // lanes that the next instruction takes for zero
+LK_INLINE void store_normal_bf16(uint16_t* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a)); }
+#endif
 LK_INLINE void store_bf16(uint16_t* p, Vec a) {
 #if defined(LK_ISA_AVX512BF16)
-  if (__builtin_expect(!_mm512_fpclass_ps_mask(a, 0x20), 1)) {  // the instruction takes subnormal numbers for zero
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
-    return;
-  }
+  if (__builtin_expect(!subnormal(a), 1)) return store_normal_bf16(p, a);
 #endif
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -209,6 +210,22 @@ template <> struct Element<DType::f16> {
   LK_INLINE Vec get(const uint16_t* p) { return load_f16(p); }
   LK_INLINE void put(uint16_t* p, Vec a) { store_f16(p, a); }
 };
+
+// p[0 ... n * VL - 1] = a, one vector after the other
+template <DType dtype, int n>
+LK_INLINE void put_all(typename Element<dtype>::type* p, const Vec (&a)[n]) {
+#if defined(LK_ISA_AVX512BF16)
+  if (dtype == DType::bf16) {
+    __mmask16 special = 0;  // one question for all of them
+    for (int i = 0; i < n; ++i) special |= subnormal(a[i]);
+    if (__builtin_expect(!special, 1)) {
+      for (int i = 0; i < n; ++i) store_normal_bf16(reinterpret_cast<uint16_t*>(p) + i * VL, a[i]);
+      return;
+    }
+  }
+#endif
+  for (int i = 0; i < n; ++i) Element<dtype>::put(p + i * VL, a[i]);
+}
 
 }  // namespace
 }  // namespace lk::cpu
