@@ -6,6 +6,7 @@ from torch import nn
 from . import functional, nf4
 from .modules import Adapter, check_arguments, check_size, take_hooks, take_peft_names, why_unusable
 from .nf4 import NF4Tensor
+from .pages import on_huge_pages
 
 PIECES = ("packed", "absmax", "nested", "quant_state")
 
@@ -68,6 +69,7 @@ class NF4Linear(nn.Module):
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
 
     def _put_weight(self, weight):
+        on_huge_pages(weight.packed)
         for name in PIECES:
             piece = getattr(weight, name)
             self.register_parameter(name, None if piece is None else nn.Parameter(piece, requires_grad=False))

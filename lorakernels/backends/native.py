@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import dropout
+from ..pages import on_huge_pages
 
 PACKAGE = Path(__file__).parent.parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/params.h
@@ -56,7 +57,7 @@ def nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize):
 def quantize_nf4_results(weight, blocksize):
     """Fresh packed and absmax for quantize_nf4."""
     count = weight.numel()
-    packed = weight.new_empty((count + 1) // 2, dtype=torch.uint8)
+    packed = on_huge_pages(weight.new_empty((count + 1) // 2, dtype=torch.uint8), fresh=True)
     return packed, weight.new_empty(-(-count // blocksize), dtype=torch.float32)
 
 
