@@ -25,9 +25,9 @@ def _system():
     return madvise, size
 
 
-def on_huge_pages(tensor, fresh=False):
+def on_huge_pages(tensor):
     """The tensor, whose memory Linux is asked to hold in huge pages as far as it fills whole ones. It stays where it is, with its values;
-    a system that cannot leaves it as it was. fresh: nothing was written to it yet; then the pages come as it is."""
+    a system that cannot leaves it as it was. Where nothing was written to yet, pages come huge when it is."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_cpu or not tensor.is_contiguous() or _system() is None:
         return tensor
     madvise, size = _system()
@@ -35,6 +35,5 @@ def on_huge_pages(tensor, fresh=False):
     end = (tensor.data_ptr() + tensor.nbytes) // size * size
     if begin < end:
         madvise(begin, end - begin, MADV_HUGEPAGE)
-        if not fresh:
-            madvise(begin, end - begin, MADV_COLLAPSE)
+        madvise(begin, end - begin, MADV_COLLAPSE)
     return tensor

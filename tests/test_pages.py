@@ -31,11 +31,6 @@ def test_whole_pages_within_the_tensor_are_asked_for(advised, offset, count):
     assert 0 <= begin - tensor.data_ptr() < SIZE and 0 <= tensor.data_ptr() + count - end < SIZE
 
 
-def test_fresh_memory_is_not_copied(advised):
-    pages.on_huge_pages(torch.empty(4 * SIZE, dtype=torch.uint8), fresh=True)
-    assert [advice for *_, advice in advised] == [pages.MADV_HUGEPAGE]
-
-
 @pytest.mark.parametrize(
     "tensor",
     [torch.zeros(SIZE // 8), torch.zeros(0), torch.zeros(9, SIZE).t(), torch.zeros(4 * SIZE, device="meta"), torch.zeros(4 * SIZE).to_sparse(), None],

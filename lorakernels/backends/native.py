@@ -57,7 +57,7 @@ def nf4_weight(packed, absmax, nested, N, K, blocksize, nested_blocksize):
 def quantize_nf4_results(weight, blocksize):
     """Fresh packed and absmax for quantize_nf4."""
     count = weight.numel()
-    packed = on_huge_pages(weight.new_empty((count + 1) // 2, dtype=torch.uint8), fresh=True)
+    packed = on_huge_pages(weight.new_empty((count + 1) // 2, dtype=torch.uint8))
     return packed, weight.new_empty(-(-count // blocksize), dtype=torch.float32)
 
 
