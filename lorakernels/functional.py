@@ -121,7 +121,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     else:
         E, R = _check_paged(x, weight, lora_A, lora_B, bias, pages, dtype)
         lora_A, lora_B = lora_A[:, None], lora_B[:, :, None]
-    routed = _check_routed(adapter_ids, x, E) if isinstance(adapter_ids, multi_ops.Routed) else route(_check_ids(adapter_ids, x), x.shape, E, check_ids)
+    routed = _check_routed(adapter_ids, x, E) if isinstance(adapter_ids, multi_ops.Routed) else route(_check_device_of_ids(adapter_ids, x), x.shape, E, check_ids)
     scaling = _per_adapter("scaling", scaling, E, x.device)
     ranks = _check_ranks(ranks, E, R, x.device)
     thresholds = None
@@ -338,7 +338,7 @@ def _check_paged(x, weight, lora_A, lora_B, bias, pages, autocast):
     return pages.shape
 
 
-def _check_ids(ids, x):
+def _check_device_of_ids(ids, x):
     if isinstance(ids, torch.Tensor) and ids.device != x.device:
         raise ValueError(f"adapter_ids: expected device {x.device}, as x is, got {ids.device}")
     return ids

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import check
-from test_lora_linear import far_rows
+from test_native_kernels import far_rows
 from test_multi import DISTRIBUTIONS, F32, IDS, MIXES, Case
 from torch.nn import functional as F
 

@@ -18,7 +18,7 @@ constexpr int64_t COLUMNS_MAX = 10 * 48;       // a multiple of every TILE (12, 
 constexpr int64_t COLUMNS_FEW = 4 * 48;        // of few rows, which wait for the packing: it stays within the first cache
 constexpr int64_t KEEP_LD = COLUMNS_MAX + DRAW;
 constexpr int64_t BLOCK_ROWS = 128;            // enough rows to pay for the packing
-constexpr int64_t AHEAD = 8192;                // bytes that v is brought in before it is turned
+constexpr int64_t AHEAD_BYTES = 8192;          // that v is brought in before it is turned
 
 // y += what sum_up(sum) sums, in some rows and vecs vectors of columns from n0 + c0 on, of which `valid` - c0 are y's. ahead: as many
 // rows come next.
@@ -70,7 +70,7 @@ LK_INLINE void tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t
 // The same where turns(v)
 template <DType dtype, int rows, bool dropout>
 static void turned_tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int64_t valid, const float* bias, const int16_t* keep) {
-  const int64_t ahead = larger(VL * p.v.row_stride * static_cast<int64_t>(sizeof(float)), AHEAD);
+  const int64_t ahead = larger(VL * p.v.row_stride * static_cast<int64_t>(sizeof(float)), AHEAD_BYTES);
   for (int64_t c = 0; c < valid; c += VL)
     tile<dtype, rows, 1, dropout>(p, m, n0, c, valid, bias, keep, false, [&](Vec(&sum)[rows][1]) {
       accumulate_turned<rows>(u.at, u.ld, p.v, n0 + c, valid - c, 0, p.R, ahead, sum);

@@ -11,7 +11,7 @@ namespace lk::cpu {
 namespace {
 
 constexpr int64_t ROWS = 64;   // of a task
-constexpr int64_t AHEAD = 2 * BLOCK;  // columns that A is brought in before they are packed
+constexpr int64_t AHEAD_COLUMNS = 2 * BLOCK;  // that A is brought in before they are packed
 constexpr int64_t GROUP = 12;  // rows whose copies stay in the first cache
 
 struct Down {
@@ -30,9 +30,9 @@ static void pack(const Down& d, int64_t k0, float* panel, float* lines) {
     const LowrankDown::Part& part = d.p->part[i];
     const int64_t padded = round_up(part.R, VL);
     if (PAIRS)
-      pack_words(turned(part.A), k0, columns, 0, part.R, padded, d.width, reinterpret_cast<uint64_t*>(panel), lines, AHEAD * 2);
+      pack_words(turned(part.A), k0, columns, 0, part.R, padded, d.width, reinterpret_cast<uint64_t*>(panel), lines, AHEAD_COLUMNS * 2);
     else
-      pack_turned(part.A, 0, part.R, k0, columns, padded, d.width, panel, lines, AHEAD * 4);
+      pack_turned(part.A, 0, part.R, k0, columns, padded, d.width, panel, lines, AHEAD_COLUMNS * 4);
     panel += PAIRS ? 2 * padded : padded;
   }
 }
@@ -62,7 +62,7 @@ template <bool PAIRS>
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
   const LowrankDown& p = *d.p;
-  const bool dropout = p.dropout.threshold;
+  const bool dropout = p.dropout.threshold, apart = dropout || d.turned;  // each A by itself
   const int64_t own = d.panel ? 0 : BLOCK * d.width;
   Scratch scratch(WORKER, ROWS * d.width + GROUP * BLOCK_LD + own + lines_of(d) + 64);
   float *sums = scratch.next(ROWS * d.width), *block = scratch.next(GROUP * BLOCK_LD), *packed = scratch.next(own), *lines = scratch.next(lines_of(d));
@@ -71,16 +71,16 @@ static void tasks(int64_t begin, int64_t end, void* context) {
     for (int64_t k0 = 0; k0 < p.K; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, p.K - k0);
       const float* panel = d.panel ? d.panel + k0 * d.width / (PAIRS ? 2 : 1) : packed;
-      const int64_t next = p.next && k0 + BLOCK + AHEAD > p.K ? p.next + AHEAD - p.K : AHEAD;
+      const int64_t next = p.next && k0 + BLOCK + AHEAD_COLUMNS > p.K ? p.next + AHEAD_COLUMNS - p.K : AHEAD_COLUMNS;
       if (!d.panel && !d.turned) pack<PAIRS>(d, k0, packed, lines);
       for (int64_t m = 0; m < rows; m += GROUP) {
         const int64_t some = smaller(GROUP, rows - m);
         Ahead ahead = m + GROUP < rows ? Ahead(p.x, m0 + m + GROUP, smaller(GROUP, rows - m - GROUP), k0, columns)
                                        : Ahead(p.x, m0, k0 + BLOCK < p.K ? smaller(GROUP, rows) : 0, k0 + BLOCK, smaller(BLOCK, p.K - k0 - BLOCK));
         int64_t at = 0;
-        for (int i = 0; i < (dropout || d.turned ? p.parts : 1); ++i) {
+        for (int i = 0; i < (apart ? p.parts : 1); ++i) {
           const Mask mask = {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold};
-          const int64_t width = dropout || d.turned ? round_up(p.part[i].R, VL) : d.width;
+          const int64_t width = apart ? round_up(p.part[i].R, VL) : d.width;
           float* to = sums + m * d.width + at;
           if (PAIRS) {
             const View x = view_bf16(p.x, m0 + m, some, k0, columns, mask, block, BLOCK_LD);
