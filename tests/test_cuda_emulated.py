@@ -1,5 +1,6 @@
 """The CUDA C++ kernels' own bodies, compiled as host C++ and run by fibers (csrc/emulation), under the error rule."""
 
+import faulthandler
 import hashlib
 import importlib.util
 import os
@@ -355,6 +356,7 @@ def assert_caught(run):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the parent's threads are not here
+        faulthandler.disable()  # its end by a signal is what is looked for
         try:
             run()
             os._exit(0)
