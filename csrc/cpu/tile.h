@@ -17,13 +17,13 @@ LK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 LK_INLINE int64_t place(const Matrix& m, int64_t row) { return m.index ? m.index[row] : row; }
 
-// Rows m0.. and columns c0.. of a matrix that are wanted next. A product asks for them line by line while it computes: all at once they
-// would fill the few places that the first cache has for what is on its way, and what is wanted now would wait for them. Row by row,
-// for memory reads neighbours faster; a block's rows lie too far apart for the processor to guess the next one.
-struct Nothing {
+struct Nothing {  // is wanted next
   __attribute__((always_inline)) void bring() {}
 };
 
+// Rows m0.. and columns c0.. of a matrix that are wanted next. A product asks for them line by line while it computes: all at once they
+// would fill the few places that the first cache has for what is on its way, and what is wanted now would wait for them. Row by row,
+// for memory reads neighbours faster; a block's rows lie too far apart for the processor to guess the next one.
 struct Ahead {
   const Matrix* m = nullptr;
   int64_t row = 0, rows = 0, start = 0, lines = 0, line = 0;
