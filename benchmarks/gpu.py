@@ -1,7 +1,7 @@
 """What each variant must move, compute and launch on a GPU, and so how long it should take: an account, not a measurement.
 
 Bytes are those that must cross the memory bus (x and dy once a pass, y written, parts of sums written and read back); operations are
-those of the matrix units, or float32 FMA for the CUDA C++ kernels. A pass takes the longer of the two, stretched where its programs do
+those of the matrix units, and instructions where decoding takes more of them. A pass takes the longest, stretched where its programs do
 not fill the last wave that the compiled kernel's registers and shared memory allow; passes and launches add up. The first choices in
 lorakernels/backends/triton/tiles.py come from here; a measurement replaces them, and --measured prints one beside each prediction.
 """
@@ -23,6 +23,7 @@ from .results import load, rows_of
 ROOT = Path(__file__).parent.parent
 COMPILED = Path(__file__).parent / "compiled.json"
 HALF, FULL = 2, 4  # bytes
+MMA_SYNC = 0.6  # of the matrix units' rate, which from sm_90 on mma.sync does not reach (Hopper: 60 to 75 %)
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight, double-quantised scales included
 
 
@@ -59,7 +60,7 @@ class Pass:
     matrix: float = 0
     vector: float = 0
     launches: int = 1
-    kernel: tuple = None  # (name, tile, programs) of a Triton kernel
+    kernel: tuple = None  # (name, tile, programs) of a Triton kernel, (programs that a processor holds, programs) of a CUDA C++ one
 
     def seconds(self, gpu, compiled):
         longest = max(self.bytes / gpu.bandwidth, self.matrix / gpu.matrix, self.vector / gpu.vector)
@@ -83,8 +84,9 @@ def fill(kernel, gpu, compiled):
     """The share of the machine that its programs keep busy, over all waves."""
     if kernel is None:
         return 1.0
-    name, tile, programs = kernel
-    slots = (resident(name, tile, gpu, compiled) or 1) * gpu.processors
+    *which, programs = kernel
+    held = which[0] if len(which) == 1 else resident(*which, gpu, compiled) or 1
+    slots = held * gpu.processors
     waves = programs / slots
     return min(1.0, programs / gpu.processors) if waves < 1 else waves / math.ceil(waves)
 
@@ -143,15 +145,28 @@ def lora_passes(M, K, N, R, adapter):
         one.kernel = ("linear_lowrank", tile, ceil(rows, tile.BLOCK_M) * ceil(columns, tile.BLOCK_N))
         fused.append(one)
     yield "Triton, fused", "lorakernels: triton fused", [*fused, shrink(), *grads]
-    dB = FULL * N * R * min(ceil(M, 64), 256)
+    # csrc/cuda/*_half.cu: rows and ranks of a block, and how many blocks a processor holds
+    deep, tall = R > 16, M > 4096
+    rows, ranks, chunk = (64 if deep else 32) if tall else 16, 64 if deep else 16, 32 if deep else 16
+    groups, slabs = min(ceil(M, 64 if tall else 32), 256), max(1, min(264 // (ceil(K, 64) * ceil(R, 32)), ceil(M, 128)))
+    dB, dA = FULL * N * R * groups, FULL * R * K * slabs
+    few, many = (1, 1) if adapter == HALF else (2, 3)  # products of terms where one side is exact, and where none is
+
+    def thin_half(name, moved, work, held, programs):
+        return Pass(name, moved, work / MMA_SYNC, kernel=(held, programs))
+
+    def add_half(name, columns):
+        tiles_of_rows = max(1, min(ceil(M, 32) * ceil(columns, 256) // 264, 4))
+        return thin_half(name, HALF * 2 * M * columns + u, many * thin(0, columns), 2, ceil(M, 32 * tiles_of_rows) * ceil(columns, 256))
+
     yield "CUDA C++", "lorakernels: cuda", [
         *frozen,
-        Pass("u", HALF * M * K + u + small, vector=thin(K, 0)),
-        Pass("y += u B^T", HALF * 2 * M * N + u, vector=thin(0, N)),
-        Pass("du and parts of dB", HALF * M * N + 2 * u + small + dB, vector=thin(N, N)),
-        Pass("parts of dA", HALF * M * K + u, vector=thin(K, 0)),
-        Pass("sums", dB + small),
-        Pass("dx += du A", HALF * 2 * M * K + u, vector=thin(K, 0)),
+        thin_half("u", HALF * M * K + u + small, few * thin(K, 0), 1 if deep else 2, ceil(M, rows) * ceil(R, ranks)),
+        add_half("y += u B^T", N),
+        thin_half("du and parts of dB", HALF * M * N + 2 * u + small + dB, few * thin(N, N), 1, groups * ceil(R, chunk)),
+        thin_half("parts of dA", HALF * M * K + u + dA, few * thin(K, 0), 2, ceil(K, 64) * slabs * ceil(R, chunk)),
+        Pass("sums", dB + dA + small),
+        add_half("dx += du A", K),
     ]
 
 

@@ -143,3 +143,22 @@ def hold_shared(base, adapter, p, device="cpu"):
             exact = (x.double() * kept) @ a.double().t()
             eager = ((x.to(adapter) * kept.to(adapter)) @ a.t()).float()
             check(f"shared x, A {i} of {len(A)}", part, exact, eager, base=base, K=K)
+
+
+def hold_thin(M, K, N, R, base, adapter, device="cpu"):
+    """u, du, dA and dB by themselves under the error rule. Returns them."""
+    from lorakernels import ops
+
+    case = make_case(M, K, N, R, base, adapter, device=device)
+    u = ops.lowrank_down(case.x, [case.A], None, 0.0)
+    du, dA, dB = ops.lowrank_grad(case.dy, case.x, u, case.B, None, 0.0, 1.5, adapter)
+
+    def formulas(dtype):
+        x, dy, A, B = (t.to(dtype) for t in (case.x, case.dy, case.A, case.B))
+        u, du = x @ A.t(), 1.5 * dy @ B
+        return {"u": u, "du": du, "dA": du.t() @ x, "dB": 1.5 * dy.t() @ u}
+
+    results, exact, eager = {"u": u, "du": du, "dA": dA, "dB": dB}, formulas(torch.float64), formulas(adapter)
+    for name, out in results.items():
+        check(f"{name} of M={M} K={K} N={N} R={R}", out, exact[name], eager[name].to(out.dtype), base=base, K=max(M, K, N))
+    return results

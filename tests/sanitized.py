@@ -35,6 +35,7 @@ for name in ("cuda", "triton"):
     with lk.use_backend(name):
         for dtype, adapter in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float32)):
             layer(dtype, adapter)
+            layer(dtype, adapter, R=40, p=0.0)
             if name == "triton":
                 many(dtype, adapter)
     torch.cuda.synchronize()

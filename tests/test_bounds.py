@@ -45,6 +45,13 @@ FAULTS = [
     ("nf4_linear.cu", "if (row < w.N && column < K) {", "if (column < K) {"),
     ("nf4.cu", "j < RUN && column + j < p.columns", "j < RUN"),
     ("thin.cuh", "m < rows && c + j < cols ?", "m < rows ?"),
+    ("thin_half.cuh", "if (m < rows && c < cols) words", "if (c < cols) words"),
+    ("thin_half.cuh", "m < rows && c + j < cols)", "m < rows)"),
+    ("thin_half.cuh", "if (i < width && 0 < depth) load_vector(at, v[i])", "if (0 < depth) load_vector(at, v[i])"),
+    ("thin_half.cuh", "if (0 < width && e < depth) {", "if (0 < width) {"),
+    ("thin_half.cuh", "if (i < width && e < depth) v[i][e]", "if (i < width) v[i][e]"),
+    ("thin_half.cuh", "row_of(t, i) < left && r + j < u.ranks ?", "row_of(t, i) < left ?"),
+    ("add_lowrank_half.cu", "p.bias.data && column < N ?", "p.bias.data ?"),
 ]
 
 

@@ -85,35 +85,50 @@ def dump(module, *flags):
     return subprocess.run([cuobjdump(), *flags, module.__file__], check=True, capture_output=True, text=True).stdout
 
 
+# How many forms each kernel has. float32: dropout x width, grad_up what is wanted x width; half precision: 2 dtypes x 2 of adapters x what their
+# files list; dequantize 3 dtypes x width, quantize 3 dtypes; decode 2 dtypes x 2 groups of rows x (3 numbers of tiles, and the narrow one)
+KERNELS = {
+    "add_lowrank_kernel": 4, "lowrank_down_kernel": 4, "grad_up_kernel": 6, "grad_down_kernel": 4, "sum_parts_kernel": 1,
+    "add_lowrank_half_kernel": 16, "lowrank_down_half_kernel": 24, "grad_up_half_kernel": 24, "grad_down_half_kernel": 12,
+    "dequantize_kernel": 6, "quantize_kernel": 3, "decode_kernel": 16,
+}  # fmt: skip
+MATRIX = {name for name in KERNELS if "half" in name} | {"decode_kernel"}  # on the tensor cores
+# which bool of its template says that it is wide; the access that the kernel is bound by
+WIDE = {"add_lowrank_kernel": 1, "lowrank_down_kernel": 1, "grad_up_kernel": 0, "grad_down_kernel": 1, "dequantize_kernel": 0, "decode_kernel": 0} | {
+    name: 0 for name in MATRIX
+}
+ACCESS = dict.fromkeys(WIDE, ["LDG.E"]) | dict.fromkeys(("add_lowrank_kernel", "add_lowrank_half_kernel"), ["LDG.E", "STG.E"])
+ACCESS |= {"dequantize_kernel": ["STG.E"], "decode_kernel": ["LDG.E.EF"]}
+
+
 def test_cuda_kernels_do_not_spill(cuda_module):
     for architecture in machine_architectures(cuda_module):
         usage = dump(cuda_module, "-res-usage", "-arch", f"sm_{architecture}")
         found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         reserved = 0 if architecture == "80" else 1024  # by the system, from 9.0 on
-        # 3 dtypes x (dropout x width: add_lowrank, lowrank_down, grad_down; width x what is wanted: grad_up; width:
-        # dequantize; quantize), sum_parts; 2 dtypes x 2 groups of rows x (3 numbers of tiles, and the narrow one): nf4_linear
-        assert len(found) == 3 * (3 * 4 + 2 * 3 + 2 + 1) + 1 + 2 * 2 * 4, architecture
+        assert len(found) == sum(KERNELS.values()), architecture
         for registers, stack, shared, local in found:
             assert int(registers) <= 255 and int(stack) == 0 and int(local) == 0 and int(shared) - reserved <= 48 << 10, usage
-
-
-# which bool of its template; the access that the kernel is bound by
-WIDE = {"add_lowrank_kernel": 1, "lowrank_down_kernel": 1, "grad_up_kernel": 0, "grad_down_kernel": 1, "dequantize_kernel": 0, "decode_kernel": 0}
-ACCESS = dict.fromkeys(WIDE, ["LDG.E"]) | {"add_lowrank_kernel": ["LDG.E", "STG.E"], "dequantize_kernel": ["STG.E"], "decode_kernel": ["LDG.E.EF"]}
 
 
 def test_cuda_kernels_use_16_byte_accesses(cuda_module):
     sass = dump(cuda_module, "-sass", "-arch", f"sm_{machine_architectures(cuda_module)[0]}")
     assert not re.search(r"\b(STL|LDL)\b", sass)
-    wide = dict.fromkeys(WIDE, 0)
+    seen, wide = dict.fromkeys(KERNELS, 0), dict.fromkeys(WIDE, 0)
     for body in re.split(r"Function : ", sass)[1:]:
-        name = next((kernel for kernel in WIDE if kernel in body.splitlines()[0]), None)
-        if name is None or re.findall(r"Lb([01])E", body.splitlines()[0])[WIDE[name]] == "0":
-            continue
-        wide[name] += 1
-        assert name != "decode_kernel" or len(re.findall("HMMA.16816.F32", body)) >= 8, body[:200]
-        assert all(f"{access}.128" in body for access in ACCESS[name]), body[:200]
-    assert wide == {"add_lowrank_kernel": 6, "lowrank_down_kernel": 6, "grad_up_kernel": 9, "grad_down_kernel": 6, "dequantize_kernel": 3, "decode_kernel": 12}
+        title = body.splitlines()[0]
+        name = next(kernel for kernel in KERNELS if kernel in title)
+        seen[name] += 1
+        assert ("HMMA.16816.F32" in body) == (name in MATRIX), title
+        if name in WIDE and re.findall(r"Lb([01])E", title)[WIDE[name]] == "1":
+            wide[name] += 1
+            assert all(f"{access}.128" in body for access in ACCESS[name]), title
+    assert seen == KERNELS
+    assert wide == {
+        "add_lowrank_kernel": 2, "lowrank_down_kernel": 2, "grad_up_kernel": 3, "grad_down_kernel": 2,
+        "add_lowrank_half_kernel": 12, "lowrank_down_half_kernel": 20, "grad_up_half_kernel": 20, "grad_down_half_kernel": 8,
+        "dequantize_kernel": 3, "decode_kernel": 12,
+    }  # fmt: skip
 
 
 def test_cuda_module_links_no_cuda_runtime(cuda_module):

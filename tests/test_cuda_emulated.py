@@ -4,9 +4,11 @@ import faulthandler
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,30 +38,54 @@ def cuda_headers():
     return None
 
 
+def included(path, texts):
+    """A file of csrc and all that it includes from there."""
+    found, waiting = [], [path]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        waiting += [other for name in re.findall(r'#include "(.*?)"', texts[path]) if (other := Path(os.path.normpath(path.parent / name))) in texts]
+    return sorted(found)
+
+
 def build(edit=lambda file, text: text):
-    """Compile the emulated kernels, after `edit` of each file of csrc/cuda; kept by the hash of all that went in."""
+    """Compile the emulated kernels, after `edit` of each file of csrc/cuda; objects and module are kept by the hash of all that went in."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     headers, compiler = cuda_headers(), shutil.which("g++")
     if headers is None or compiler is None or not (ROOT / "csrc").exists():
         pytest.skip("needs the source tree, g++ and the CUDA toolkit's headers")
-    texts = {path: edit(path.name, path.read_text()) for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
-    others = [path.read_text() for name in ("bindings", "emulation") for path in sorted((ROOT / "csrc" / name).iterdir())]
-    others += [path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))]
-    key = hashlib.sha256("".join([*others, *texts.values(), sysconfig.get_config_var("EXT_SUFFIX")]).encode()).hexdigest()[:16]
-    folder = ROOT / ".cache" / f"emulated-{key}"
-    module = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    csrc, cache = ROOT / "csrc", ROOT / ".cache" / "emulated"
+    texts = {path.relative_to(csrc): path.read_text() for folder in (".", "bindings", "cuda", "emulation") for path in sorted((csrc / folder).iterdir()) if path.is_file()}
+    texts = {path: edit(path.name, text) if path.parent.name == "cuda" else text for path, text in texts.items()}
+    flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DLK_CUDA_EMULATION"]
+    flags += [f"-I{folder}" for folder in (headers, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    keys = {}  # of each object
+    for path in [path for path in texts if path.suffix == ".cu"] + [Path("emulation/binding.cpp")]:
+        went_in = [suffix, *flags, *(f"{file}\n{texts[file]}" for file in included(path, texts))]
+        keys[path] = hashlib.sha256("\0".join(went_in).encode()).hexdigest()[:16]
+    key = hashlib.sha256("".join(keys.values()).encode()).hexdigest()[:16]
+    module = cache / key / f"_cuda_emulated{suffix}"
     if not module.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        work = folder / str(os.getpid())  # a copy of csrc, with the edited files
-        shutil.copytree(ROOT / "csrc", work, dirs_exist_ok=True)
+        module.parent.mkdir(parents=True, exist_ok=True)
+        work = cache / f"source-{key}-{os.getpid()}"  # csrc with the edited files
         for path, text in texts.items():
-            (work / "cuda" / path.name).write_text(text)
-        files = sorted((work / "cuda").glob("*.cu"))
-        beside = folder / f"{os.getpid()}.so"
-        command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DLK_CUDA_EMULATION"]
-        command += [f"-I{folder}" for folder in (headers, pybind11.get_include(), sysconfig.get_paths()["include"])]
-        subprocess.run([*command, "-x", "c++", *files, work / "emulation" / "binding.cpp", "-o", beside], check=True)
-        os.replace(beside, module)
+            (work / path).parent.mkdir(parents=True, exist_ok=True)
+            (work / path).write_text(text)
+
+        def compiled(path):
+            made, beside = cache / f"{keys[path]}.o", work / f"{keys[path]}.o"
+            if not made.exists():
+                subprocess.run([compiler, "-c", *flags, "-x", "c++", work / path, "-o", beside], check=True)
+                os.replace(beside, made)
+            return made
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, keys))
+        subprocess.run([compiler, "-shared", *objects, "-o", work / module.name], check=True)
+        os.replace(work / module.name, module)
         shutil.rmtree(work)
     # a name of its own: Python hands out the first module that was loaded under a name again
     spec = importlib.util.spec_from_file_location(f"emulated_{key}._cuda_emulated", module)
@@ -100,6 +126,11 @@ def hold(module, M, N, R, dtype, v_dtype, p=0.0, transposed=False, bias=False, o
 def test_shapes(emulated, dtype, v_dtype, M, N, R):
     hold(emulated, M, N, R, dtype, v_dtype, bias=True)
     hold(emulated, M, N, R, dtype, v_dtype, transposed=True, shift=1)  # misaligned rows take the narrow path
+
+
+@pytest.mark.parametrize("dtype, v_dtype, R", [(BF16, F32, 12), (F16, F16, 20)])
+def test_a_warp_walks_several_tiles(emulated, dtype, v_dtype, R):
+    hold(emulated, 4224 + 10, 1024, R, dtype, v_dtype, bias=True)  # two tiles of 16 rows
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -145,9 +176,10 @@ def hold_layer(case, label=""):
     return results
 
 
-# one row and rank; below, at and beyond a tile of 32 x 128 x 16; several groups of rows and slabs; nothing a multiple
+# one row and rank; below, at and beyond a tile of 32 x 128 x 16; several groups of rows and slabs; nothing a multiple; whole 16 bytes, with
+# 24, 64, 65 and an odd number of ranks
 @pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)])
-@pytest.mark.parametrize("M, K, N, R", [(0, 8, 8, 2), (1, 1, 1, 1), (31, 127, 130, 3), (64, 128, 128, 16), (150, 260, 70, 17), (33, 72, 300, 70)])
+@pytest.mark.parametrize("M, K, N, R", [(0, 8, 8, 2), (1, 1, 1, 1), (31, 127, 130, 3), (64, 128, 128, 16), (150, 260, 70, 17), (33, 72, 300, 70), (70, 136, 264, 24), (40, 264, 72, 64), (17, 64, 136, 65), (100, 200, 64, 5)])
 def test_whole_layer(on_emulation, base, adapter, M, K, N, R):
     hold_layer(layer_case(M, K, N, R, base, adapter))
     if M:
@@ -163,15 +195,39 @@ def test_whole_layer_in_any_layout(on_emulation, base):
         hold_layer(layer_case(M, K, N, 5, base, F32, dy=dy.to(base)))
 
 
-def window(rows, columns):
-    """A matrix in the middle of NaN: what is read beside it shows."""
-    frame = torch.full((rows + 2, columns + 11), float("nan"))
-    frame[1:-1, 3 : 3 + columns] = torch.randn(rows, columns)
-    return frame[1:-1, 3 : 3 + columns]
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)])
+@pytest.mark.parametrize("R", [6, 40])
+def test_whole_layer_with_adapters_of_any_layout(on_emulation, base, adapter, R):
+    M, K, N = 35, 72, 136
+    generator = torch.Generator().manual_seed(5)
+    turned = {"A": torch.randn(K, R, generator=generator).t() * K**-0.5, "B": torch.randn(R, N, generator=generator).t() * R**-0.5}
+    sliced = {"A": torch.randn(R, 2 * K, generator=generator)[:, ::2] * K**-0.5, "B": torch.randn(N, R + 3, generator=generator)[:, 1 : R + 1] * R**-0.5}
+    for some in (turned, sliced):
+        hold_layer(replace(layer_case(M, K, N, R, base, adapter), **{name: t.to(adapter) for name, t in some.items()}))
 
 
-def test_nothing_is_read_beside_the_matrices(on_emulation):
-    hold_layer(layer_case(33, 71, 45, 5, F32, F32, x=window(33, 71), dy=window(33, 45)))
+@pytest.mark.parametrize("base, adapter", [(BF16, F32), (BF16, BF16), (F16, F32)])
+@pytest.mark.parametrize("R", [6, 20])
+def test_more_rows_share_a_block(on_emulation, base, adapter, R):
+    """Beyond 4096 rows, where other forms of the kernels run."""
+    oracle.hold_thin(4096 + 40, 72, 136, R, base, adapter)
+
+
+def window(rows, columns, left=3):
+    """A matrix in the middle of NaN: what is read beside it shows. left=8: its rows are 16-byte aligned."""
+    frame = torch.full((rows + 2, columns + 16), float("nan"))
+    frame[1:-1, left : left + columns] = torch.randn(rows, columns)
+    return frame[1:-1, left : left + columns]
+
+
+def hold_windows(base):
+    hold_layer(layer_case(33, 71, 45, 5, base, F32, x=window(33, 71).to(base), dy=window(33, 45).to(base)))
+    hold_layer(layer_case(33, 72, 48, 6, base, F32, x=window(33, 72, 8).to(base), dy=window(33, 48, 8).to(base)))
+
+
+@pytest.mark.parametrize("base", [F32, BF16])
+def test_nothing_is_read_beside_the_matrices(on_emulation, base):
+    hold_windows(base)
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -186,9 +242,10 @@ def test_whole_layer_in_any_order_of_warps_and_blocks(on_emulation, order):
 def hold_many_rows():
     """More than 256 groups of 64 rows: a program adds to its own part of dB from its second group on. dB alone, where no
     sum over warps stands between two groups."""
-    dy, u = torch.randn(256 * 64 + 70, 8).to(BF16), torch.randn(256 * 64 + 70, 2)
-    dB = ops.lowrank_grad(dy, None, u, None, None, 0.0, 1.5, F32)[2]
-    check("dB of many rows", dB, 1.5 * dy.double().t() @ u.double(), 1.5 * dy.float().t() @ u, base=BF16, K=len(dy))
+    for base, R in ((F32, 2), (BF16, 2), (BF16, 3)):
+        dy, u = torch.randn(256 * 64 + 70, 8).to(base), torch.randn(256 * 64 + 70, R)
+        dB = ops.lowrank_grad(dy, None, u, None, None, 0.0, 1.5, F32)[2]
+        check("dB of many rows", dB, 1.5 * dy.double().t() @ u.double(), 1.5 * dy.float().t() @ u, base=base, K=len(dy))
 
 
 def test_more_rows_than_programs_share_the_parts(on_emulation):
@@ -338,9 +395,15 @@ def hold_everything(module, monkeypatch, order=0):
     put_on_emulation(module, monkeypatch)
     hold(module, 65, 130, 70, BF16, F32, order=order, bias=True)
     hold(module, 63, 136, 5, BF16, F32, order=order, p=0.3)
-    hold_layer(layer_case(70, 200, 140, 20, BF16, F32))
+    hold(module, 65, 130, 70, F32, F32, order=order, bias=True)
+    hold(module, 63, 136, 5, F32, F32, order=order, p=0.3)
+    hold(module, 33, 136, 24, F16, F16, order=order, transposed=True)
+    hold_layer(layer_case(70, 200, 144, 40, BF16, F32))
+    hold_layer(layer_case(37, 136, 264, 12, BF16, BF16, p=0.3))
+    hold_layer(layer_case(150, 130, 70, 17, F16, F32, p=0.3))
     hold_layer(layer_case(150, 130, 70, 17, F32, F32, p=0.3))
-    hold_layer(layer_case(33, 71, 45, 5, F32, F32, x=window(33, 71), dy=window(33, 45)))
+    hold_windows(F32)
+    hold_windows(BF16)
     for arguments in ((9, 20, 1088, BF16, 64, True, 3), (5, 9, 75, F16, 64, True, 2)):
         hold_nf4_linear(module, *arguments, order=order)
     for arguments in ((9, 1024, BF16, 32, True), (3, 1040, F32, 1024, False), (3, 33, F16, 64, True)):
@@ -405,13 +468,52 @@ FAULTS = [  # a touch behind a tensor's end: test_bounds.py
     ("thin.cuh", "m < rows && c + j < cols ?", "m < rows ?"),
     ("thin.cuh", "m < rows && c + 8 <= cols)", "c + 8 <= cols)"),
     ("thin.cuh", "draw.lane(j) < threshold", "draw.lane(j) <= threshold + 40"),
-    ("thin.cuh", "static_cast<uint64_t>(m0 + row)", "static_cast<uint64_t>(row)"),
-    ("thin.cuh", "(c0 + column) >> 3", "column >> 3"),
-    ("thin.cuh", "int w = 1; w < WARPS", "int w = 2; w < WARPS"),
-    ("thin.cuh", "row < rows && rank < ranks", "row < rows && rank < ranks - 1"),
-    ("lowrank_down.cu", "p.dropout.seed + part", "p.dropout.seed + 1 - 1 + (part > 0)"),
-    ("lowrank_down.cu", "column + r0;", "column;"),
+    ("thin.cuh", "static_cast<uint64_t>(m), static_cast", "static_cast<uint64_t>(m & 7), static_cast"),
+    ("thin.cuh", "static_cast<uint32_t>(c >> 3)", "static_cast<uint32_t>(c % 128 >> 3)"),
+    ("thin_float.cuh", "int w = 1; w < WARPS", "int w = 2; w < WARPS"),
+    ("thin_float.cuh", "row < rows && rank < ranks", "row < rows && rank < ranks - 1"),
+    ("lowrank_down.cu", "p.dropout.seed + part.index", "p.dropout.seed + (part.index > 1)"),
+    ("lowrank_down.cu", "own.column + part.r0;", "own.column;"),
     ("lowrank_down.cu", "dropout ? p.dropout.scale : 1.0f", "1.0f"),
+    ("lowrank_down_half.cu", "p.dropout.seed[part.index]", "p.dropout.seed[part.index > 1]"),
+    ("lowrank_down_half.cu", "own.column + part.r0;", "own.column;"),
+    ("lowrank_down_half.cu", "dropout ? p.dropout.scale : 1.0f", "1.0f"),
+    ("lowrank_down_half.cu", "threadIdx.x / 32 / warps * ROWS", "0"),
+    ("thin_half.cuh", "SMALL = ROUNDED ? 1 : 2;", "SMALL = 1;"),
+    ("thin_half.cuh", "low - __int_as_float", "low + __int_as_float"),
+    ("thin_half.cuh", "if constexpr (A > 1) mma<F>(d, a[1], b[0]);", ""),
+    ("thin_half.cuh", "if constexpr (B > 1) mma<F>(d, a[0], b[1]);", ""),
+    ("thin_half.cuh", "m < rows && c + j < cols)", "m < rows)"),
+    ("thin_half.cuh", "draw.lane(2 * i + 1) < threshold", "draw.lane(2 * i) < threshold"),
+    ("thin_half.cuh", "static_cast<uint64_t>(m), static_cast", "static_cast<uint64_t>(m & 7), static_cast"),
+    ("thin_half.cuh", "static_cast<uint32_t>(c >> 3)", "static_cast<uint32_t>(c % 64 >> 3)"),
+    ("thin_half.cuh", "if (i < width && e < depth) v[i][e] = *from;", "if (i < width) v[i][e] = *from;"),
+    ("thin_half.cuh", "8 * VEC<GROUPS> * (group / VEC<GROUPS>)", "0"),
+    ("thin_half.cuh", "2 * s + i / 2), term)", "2 * s), term)"),
+    ("thin_half.cuh", "c ? share[tile][i % 2][1]", "c ? share[tile][i % 2][0]"),
+    ("thin_half.cuh", "pair[n][2 * s + 1][l]", "pair[n][2 * s][l]"),
+    ("thin_half.cuh", "int w = 1; w < warps", "int w = 2; w < warps"),
+    ("thin_half.cuh", "m < M && at % RANKS < ranks", "m < M && at % RANKS < ranks - 1"),
+    ("thin_half.cuh", "row_of(t, i) < left && r + j < u.ranks ?", "r + j < u.ranks ?"),
+    ("thin_half.cuh", "split<F>(v[i / 2 * 2][i % 2], v[i / 2 * 2 + 1][i % 2], term)", "split<F>(v[i / 2 * 2 + 1][i % 2], v[i / 2 * 2][i % 2], term)"),
+    ("thin_half.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
+    ("lowrank_grad_half.cu", "u[TILES * time + tile]", "u[tile]"),
+    ("lowrank_grad_half.cu", "place_of(16 * tile + row_of(t, i), g)", "place_of(row_of(t, i), g)"),
+    ("lowrank_grad_half.cu", "8 * (2 * t + e) + j, r =", "8 * (2 * t + e) + (j ^ 1), r ="),
+    ("lowrank_grad_half.cu", "first ? make_float2(0.0f, 0.0f)", "true ? make_float2(0.0f, 0.0f)"),
+    ("lowrank_grad_half.cu", "if (r + 1 < R) at[1]", "if (true) at[1]"),
+    ("lowrank_grad_half.cu", "begin + slab_rows < p.M ? begin + slab_rows : p.M", "begin + slab_rows"),
+    ("lowrank_grad_half.cu", "R - r0, p.scaling);", "R - r0, 1.0f);"),
+    ("lowrank_grad_half.cu", "int w = 1; w < WARPS", "int w = 2; w < WARPS"),
+    ("lowrank_grad_half.cu", "2 * g + i / 2", "2 * g + (1 - i / 2)"),
+    ("lowrank_grad_half.cu", "k0 + 8 * g);", "8 * g);"),
+    ("add_lowrank_half.cu", "if (m >= p.M || n >= N) continue;", "if (n >= N) continue;"),
+    ("add_lowrank_half.cu", "draw.lane(j) >= p.dropout.threshold", "draw.lane(j) > p.dropout.threshold + 40"),
+    ("add_lowrank_half.cu", "[2 * i + j / 4]", "[2 * i + j % 2]"),
+    ("add_lowrank_half.cu", "(p.scaling * delta + added[j])", "(delta + added[j])"),
+    ("add_lowrank_half.cu", "left[l][i + 2 * k] = pair[0][k][l]", "left[l][i + 2 * k] = pair[0][0][l]"),
+    ("add_lowrank_half.cu", "tile == 0 || R > RANKS", "r0 == 0"),
+    ("add_lowrank_half.cu", "static_cast<uint32_t>(n >> 3)", "static_cast<uint32_t>(n0 >> 3)"),
     ("lowrank_grad.cu", "first ? columns[i][j] : *at + columns[i][j]", "columns[i][j]"),
     ("lowrank_grad.cu", "p.R - r0, p.scaling);", "p.R - r0, 1.0f);"),
     ("lowrank_grad.cu", "u + g * TILE_ROWS);", "u);"),
@@ -456,6 +558,9 @@ def test_planted_faults_are_caught(name, good, bad, monkeypatch):
         hold_everything(broken, monkeypatch)
         if "first ?" in good:  # shows where there are more groups of rows than programs
             hold_many_rows()
-        oracle.hold_shared(torch.bfloat16, F32, 0.3)
+        if "warps * ROWS" in good:
+            oracle.hold_thin(4096 + 40, 72, 136, 20, BF16, F32)
+        oracle.hold_shared(BF16, F32, 0.3)
+        oracle.hold_shared(F32, F32, 0.3)
 
     assert_caught(run)

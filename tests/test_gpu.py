@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, CUDA graphs, many repeats, real memory beyond 2**31 elements. Numbers on a GPU are
 held by the other tests too, through their `backend` fixture; `-m gpu` chooses all of them."""
 
+import oracle
 import pytest
 import torch
 from numerics import check
@@ -16,7 +17,7 @@ from lorakernels.nf4_modules import QLoraLinear
 
 pytestmark = pytest.mark.gpu
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ON_GPU = [name for name in ("cuda", "triton", "reference") if torch.cuda.is_available() and backends.why_not(name, "cuda", BF16) is None]
 
 
@@ -135,6 +136,15 @@ def test_large_shapes(gpu_backend):
             exact = x.double() @ case.W.double().t() + 1.5 * (x.double() @ case.A.double().t()) @ case.B.double().t()
             eager = ((x @ case.W.t()).float() + 1.5 * (x.float() @ case.A.t()) @ case.B.t()).to(BF16)
             check(f"M=8192 K={K} N={N}", y[rows], exact, eager, base=BF16, K=K)
+
+
+@pytest.mark.parametrize("base, adapter", [(BF16, F32), (BF16, BF16), (F16, F32), (F32, F32)])
+@pytest.mark.parametrize("M, R", [(512, 16), (512, 64), (8192, 16), (8192, 20), (8192, 64), (20_000, 16)])
+def test_large_thin_products(gpu_backend, M, R, base, adapter):
+    """u, du, dA and dB, in every form that the sizes choose; repeats are bit-equal."""
+    first = oracle.hold_thin(M, 4096, 2048, R, base, adapter, "cuda")
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), oracle.hold_thin(M, 4096, 2048, R, base, adapter, "cuda").values()))
 
 
 @pytest.mark.parametrize("K, N", [(4096, 4096), (4096, 14336), (14336, 4096), (3420, 4096)])

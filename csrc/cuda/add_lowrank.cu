@@ -1,4 +1,4 @@
-// y += scaling * (drop'(u v^T) + bias), in place: memory-bound, so y moves once, sixteen bytes at a time.
+// y += scaling * (drop'(u v^T) + bias) of a float32 y, in place: y moves once, sixteen bytes at a time.
 //
 // A block owns BLOCK_M rows by BLOCK_N columns; a thread owns eight consecutive columns of ROWS rows. v and u pass
 // through shared memory in chunks of BLOCK_R ranks; a sum runs over r = 0..R-1 in that order, so the bits depend on
@@ -20,10 +20,8 @@ constexpr int BLOCK_R = 32;
 constexpr int THREADS = LANES_N * LANES_M;
 constexpr int V_PITCH = BLOCK_N + 4;              // rows stay 16-byte aligned; transposing stores spread over banks
 
-template <DType dtype, bool dropout, bool wide>
+template <bool dropout, bool wide>
 __global__ void __launch_bounds__(THREADS) add_lowrank_kernel(const AddLowrank p) {
-  using E = Element<dtype>;
-  using T = typename E::type;
   __shared__ __align__(16) float v_tile[BLOCK_R][V_PITCH];
   __shared__ __align__(16) float u_tile[BLOCK_R][BLOCK_M];
   const int thread = threadIdx.x, lane_n = thread % LANES_N, lane_m = thread / LANES_N;
@@ -79,50 +77,34 @@ __global__ void __launch_bounds__(THREADS) add_lowrank_kernel(const AddLowrank p
         for (int j = 0; j < COLS; ++j)
           sum[i][j] = draw.lane(j) >= p.dropout.threshold ? sum[i][j] * p.dropout.scale : 0.0f;
       }
-      T* y = static_cast<T*>(p.y.data) + m * p.y.row_stride + n;
+      float* y = static_cast<float*>(p.y.data) + m * p.y.row_stride + n;
       if (wide && n + COLS <= p.N) {
-        Pack8<T> pack = *reinterpret_cast<const Pack8<T>*>(y);
+        Pack8<float> pack = *reinterpret_cast<const Pack8<float>*>(y);
 #pragma unroll
-        for (int j = 0; j < COLS; ++j) pack.at[j] = E::put(E::get(pack.at[j]) + (p.scaling * sum[i][j] + bias[j]));
-        *reinterpret_cast<Pack8<T>*>(y) = pack;
+        for (int j = 0; j < COLS; ++j) pack.at[j] += p.scaling * sum[i][j] + bias[j];
+        *reinterpret_cast<Pack8<float>*>(y) = pack;
       } else {
 #pragma unroll
         for (int j = 0; j < COLS; ++j)
-          if (n + j < p.N) y[j] = E::put(E::get(y[j]) + (p.scaling * sum[i][j] + bias[j]));
+          if (n + j < p.N) y[j] += p.scaling * sum[i][j] + bias[j];
       }
     }
   }
-}
-
-template <DType dtype, bool dropout, bool wide>
-int launch(const AddLowrank& p, cudaStream_t stream) {
-  const int64_t row_blocks = (p.M + BLOCK_M - 1) / BLOCK_M, column_blocks = (p.N + BLOCK_N - 1) / BLOCK_N;
-  if (column_blocks > 65535) return cudaErrorInvalidValue;  // N beyond 8.3 million columns
-  const dim3 grid(static_cast<unsigned>(row_blocks < 0x7fffffff ? row_blocks : 0x7fffffff),
-                  static_cast<unsigned>(column_blocks));
-  const auto kernel = add_lowrank_kernel<dtype, dropout, wide>;
-  return LK_LAUNCH(kernel, grid, THREADS, stream, p);
-}
-
-template <DType dtype>
-int choose(const AddLowrank& p, cudaStream_t stream) {
-  using T = typename Element<dtype>::type;
-  const bool wide = reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0 && p.y.row_stride * sizeof(T) % 16 == 0;
-  if (p.dropout.threshold) return wide ? launch<dtype, true, true>(p, stream) : launch<dtype, true, false>(p, stream);
-  return wide ? launch<dtype, false, true>(p, stream) : launch<dtype, false, false>(p, stream);
 }
 
 }  // namespace
 
 int add_lowrank(const AddLowrank& p, void* stream) {
   if (p.M == 0 || p.N == 0) return cudaSuccess;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p.y.dtype) {
-    case DType::f32: return choose<DType::f32>(p, s);
-    case DType::bf16: return choose<DType::bf16>(p, s);
-    case DType::f16: return choose<DType::f16>(p, s);
-  }
-  return cudaErrorInvalidValue;
+  if (p.y.dtype != DType::f32) return add_lowrank_half(p, stream);
+  const int64_t row_blocks = (p.M + BLOCK_M - 1) / BLOCK_M, column_blocks = (p.N + BLOCK_N - 1) / BLOCK_N;
+  if (column_blocks > 65535) return cudaErrorInvalidValue;  // N beyond 8.3 million columns
+  const dim3 grid(static_cast<unsigned>(row_blocks < 0x7fffffff ? row_blocks : 0x7fffffff),
+                  static_cast<unsigned>(column_blocks));
+  const bool wide = reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0 && p.y.row_stride * sizeof(float) % 16 == 0;
+  const auto kernel = p.dropout.threshold ? wide ? add_lowrank_kernel<true, true> : add_lowrank_kernel<true, false>
+                                          : wide ? add_lowrank_kernel<false, true> : add_lowrank_kernel<false, false>;
+  return LK_LAUNCH(kernel, grid, THREADS, static_cast<cudaStream_t>(stream), p);
 }
 
 }  // namespace lk::cuda

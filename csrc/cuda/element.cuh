@@ -26,7 +26,6 @@ template <> struct Element<DType::f16> {
 
 // Eight elements that are loaded and stored as 16-byte accesses (one for half precision, two for float32).
 template <class T> struct alignas(16) Pack8 { T at[8]; };
-template <class T> struct alignas(2 * sizeof(T)) Pack2 { T at[2]; };
 
 // Eight values, each rounded once, in 16-byte stores: by the intrinsic, since a store of a uint4 comes out as four here.
 __device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
@@ -40,6 +39,14 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high, const __nv_bf
 __device__ __forceinline__ uint32_t pair_of(float low, float high, const __half*) {
   const __half2 both = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(T low, T high) {  // as they are
+  return *reinterpret_cast<const uint16_t*>(&low) | static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&high)) << 16;
+}
+template <class T>
+__device__ __forceinline__ uint32_t pair_as(float low, float high) {
+  return pair_of(low, high, static_cast<const T*>(nullptr));
 }
 template <class T>
 __device__ __forceinline__ void store8(T* to, const float (&v)[8]) {

@@ -1,24 +1,22 @@
 // du = s dy B and dB = s dy^T u in one pass over dy, dA = du^T drop(x) in one pass over x, then one launch that adds up the
-// parts of dA and dB. Nothing is added by atomics; every sum has one order.
+// parts of dA and dB. Nothing is added by atomics; every sum has one order. Here the first two are those of a float32 base.
 #include "launch.h"
 
 #include "kernels.h"
-#include "thin.cuh"
+#include "lowrank_grad.cuh"
+#include "thin_float.cuh"
 
 namespace lk::cuda {
 namespace {
 
 constexpr int GROUP = 2;                             // row tiles that share a part of dB
 constexpr int GROUP_ROWS = GROUP * TILE_ROWS;        // 64
-constexpr int64_t UP_PROGRAMS = 256;                 // blocks of rows at most, so parts of dB at most
-constexpr int64_t DOWN_PROGRAMS = 264;               // blocks that dA's work is cut into, about
 
 // A block owns whole rows, so its du is complete; it walks its groups of rows one after the other, and from the second on
 // adds to its own part of dB (N,R).
-template <DType dtype, bool wide, bool need_du, bool need_dB>
-__global__ void __launch_bounds__(THREADS, dtype == DType::f32 ? 1 : 2) grad_up_kernel(const LowrankGrad p, float* dB_parts) {
-  using T = typename Element<dtype>::type;
-  __shared__ __align__(16) Tile<T> tile;
+template <bool wide, bool need_du, bool need_dB>
+__global__ void __launch_bounds__(THREADS, 1) grad_up_kernel(const LowrankGrad p, float* dB_parts) {
+  __shared__ __align__(16) Tile tile;
   __shared__ __align__(16) float small[TILE_COLS][SMALL_PITCH];
   __shared__ __align__(16) float u[GROUP_ROWS][SMALL_PITCH];
   __shared__ float parts[WARPS][TILE_ROWS][RANKS];
@@ -30,26 +28,26 @@ __global__ void __launch_bounds__(THREADS, dtype == DType::f32 ? 1 : 2) grad_up_
   bool first = true;
   for (int64_t m0 = static_cast<int64_t>(blockIdx.x) * GROUP_ROWS; m0 < p.M; m0 += step, first = false) {
     float sum[GROUP][4][4] = {};
-    Pack8<T> packs[PACKS];
+    Pack8<float> packs[PACKS];
     if constexpr (need_dB) {
       __syncthreads();  // the group before has read its u
       stage_small(u, GROUP_ROWS, p.u, m0, r0, p.M, p.R);
     }
-    load_tile<T, wide>(packs, p.dy, m0, 0, p.M, p.N);
+    load_tile<wide>(packs, p.dy, m0, 0, p.M, p.N);
     for (int n0 = 0; n0 < columns_all; n0 += TILE_COLS) {
       float columns[2][4] = {};
 #pragma unroll
       for (int g = 0; g < GROUP; ++g) {
         const int64_t m = m0 + g * TILE_ROWS;
         __syncthreads();  // the tile before has been read
-        store_tile<T, false>(tile, packs, m, n0, nullptr, 0);
+        store_tile<false>(tile, packs, m, n0, nullptr, 0);
         if (need_du && g == 0) stage_small(small, TILE_COLS, p.B, n0, r0, p.N, p.R);
         __syncthreads();
         const int64_t next_m = g + 1 < GROUP ? m + TILE_ROWS : m0;
         const int next_n = g + 1 < GROUP ? n0 : n0 + TILE_COLS;
-        if (next_n < columns_all) load_tile<T, wide>(packs, p.dy, next_m, next_n, p.M, p.N);
-        if constexpr (need_du) row_products<dtype>(sum[g], tile, small);
-        if constexpr (need_dB) column_products<dtype>(columns, tile, u + g * TILE_ROWS);
+        if (next_n < columns_all) load_tile<wide>(packs, p.dy, next_m, next_n, p.M, p.N);
+        if constexpr (need_du) row_products(sum[g], tile, small);
+        if constexpr (need_dB) column_products(columns, tile, u + g * TILE_ROWS);
       }
       if constexpr (need_dB) {
         const int64_t n = n0 + threadIdx.x / 4 * 2, r = r0 + threadIdx.x % 4 * 4;
@@ -75,25 +73,24 @@ __global__ void __launch_bounds__(THREADS, dtype == DType::f32 ? 1 : 2) grad_up_
 }
 
 // A block owns TILE_COLS columns, RANKS ranks and a slab of rows; its part of dA is (R,K).
-template <DType dtype, bool dropout, bool wide>
+template <bool dropout, bool wide>
 __global__ void __launch_bounds__(THREADS, 2) grad_down_kernel(const LowrankGrad p, float* dA_parts, int64_t slab_rows, int column_blocks) {
-  using T = typename Element<dtype>::type;
-  __shared__ __align__(16) Tile<T> tile;
+  __shared__ __align__(16) Tile tile;
   __shared__ __align__(16) float du[TILE_ROWS][SMALL_PITCH];
   const int64_t slab = blockIdx.x / column_blocks, k0 = static_cast<int64_t>(blockIdx.x % column_blocks) * TILE_COLS;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * RANKS;
   const int64_t begin = slab * slab_rows, end = begin + slab_rows < p.M ? begin + slab_rows : p.M;
 
   float sum[2][4] = {};
-  Pack8<T> packs[PACKS];
-  load_tile<T, wide>(packs, p.x, begin, k0, end, p.K);
+  Pack8<float> packs[PACKS];
+  load_tile<wide>(packs, p.x, begin, k0, end, p.K);
   for (int64_t m0 = begin; m0 < end; m0 += TILE_ROWS) {
     __syncthreads();  // the tile before has been read
-    store_tile<T, dropout>(tile, packs, m0, k0, p.dropout.seed, p.dropout.threshold);
+    store_tile<dropout>(tile, packs, m0, k0, p.dropout.seed, p.dropout.threshold);
     stage_small(du, TILE_ROWS, p.du, m0, r0, end, p.R);
     __syncthreads();
-    if (m0 + TILE_ROWS < end) load_tile<T, wide>(packs, p.x, m0 + TILE_ROWS, k0, end, p.K);
-    column_products<dtype>(sum, tile, du);
+    if (m0 + TILE_ROWS < end) load_tile<wide>(packs, p.x, m0 + TILE_ROWS, k0, end, p.K);
+    column_products(sum, tile, du);
   }
   const int64_t k = k0 + threadIdx.x / 4 * 2, r = r0 + threadIdx.x % 4 * 4;
 #pragma unroll
@@ -132,73 +129,51 @@ __global__ void __launch_bounds__(THREADS) sum_parts_kernel(const Sum a, const S
     sum_element(b, i - a.size);
 }
 
-struct Plan {
-  int64_t programs;         // of grad_up, and parts of dB
-  int64_t slabs, slab_rows;  // of grad_down
-  int64_t dB_size, dA_size;
-};
-
-Plan plan(int64_t M, int64_t N, int64_t K, int64_t R, bool need_dA, bool need_dB) {
-  Plan plan = {};
-  if (M == 0) return plan;
-  const int64_t groups = blocks_of(M, GROUP_ROWS);
-  plan.programs = groups < UP_PROGRAMS ? groups : UP_PROGRAMS;
-  plan.dB_size = need_dB ? N * R : 0;
-  if (!need_dA) return plan;
-  const int64_t wanted = DOWN_PROGRAMS / (blocks_of(K, TILE_COLS) * blocks_of(R, RANKS)), most = blocks_of(M, 4 * TILE_ROWS);
-  const int64_t slabs = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  plan.slab_rows = blocks_of(blocks_of(M, slabs), TILE_ROWS) * TILE_ROWS;
-  plan.slabs = blocks_of(M, plan.slab_rows);
-  plan.dA_size = R * K;
-  return plan;
-}
-
-template <DType dtype>
-int run(const LowrankGrad& p, cudaStream_t stream) {
-  using T = typename Element<dtype>::type;
+int run_float(const LowrankGrad& p, const Plan& plan, float* dB_parts, float* dA_parts, cudaStream_t stream) {
   const bool need_du = p.B.data, need_dB = p.u.data, need_dA = p.x.data;
-  const Plan plan = cuda::plan(p.M, p.N, p.K, p.R, need_dA, need_dB);
-  float *dB_parts = p.workspace, *dA_parts = p.workspace + plan.programs * plan.dB_size;
   const unsigned chunks = static_cast<unsigned>(blocks_of(p.R, RANKS));
-  if (chunks > 65535) return cudaErrorInvalidValue;
-  const bool wide_dy = is_wide<T>(p.dy), wide_x = is_wide<T>(p.x);
+  const bool wide_dy = is_wide<float>(p.dy), wide_x = is_wide<float>(p.x);
   const dim3 rows(static_cast<unsigned>(plan.programs), chunks);
-  const auto up = need_du && need_dB ? wide_dy ? grad_up_kernel<dtype, true, true, true> : grad_up_kernel<dtype, false, true, true>
-                  : need_du          ? wide_dy ? grad_up_kernel<dtype, true, true, false> : grad_up_kernel<dtype, false, true, false>
-                                     : wide_dy ? grad_up_kernel<dtype, true, false, true> : grad_up_kernel<dtype, false, false, true>;
+  const auto up = need_du && need_dB ? wide_dy ? grad_up_kernel<true, true, true> : grad_up_kernel<false, true, true>
+                  : need_du          ? wide_dy ? grad_up_kernel<true, true, false> : grad_up_kernel<false, true, false>
+                                     : wide_dy ? grad_up_kernel<true, false, true> : grad_up_kernel<false, false, true>;
   int status = LK_LAUNCH(up, rows, THREADS, stream, p, dB_parts);
   if (status == cudaSuccess && need_dA) {
     const int column_blocks = static_cast<int>(blocks_of(p.K, TILE_COLS));
     const dim3 grid(static_cast<unsigned>(column_blocks * plan.slabs), chunks);
-    const auto down = p.dropout.threshold ? wide_x ? grad_down_kernel<dtype, true, true> : grad_down_kernel<dtype, true, false>
-                                          : wide_x ? grad_down_kernel<dtype, false, true> : grad_down_kernel<dtype, false, false>;
+    const auto down = p.dropout.threshold ? wide_x ? grad_down_kernel<true, true> : grad_down_kernel<true, false>
+                                          : wide_x ? grad_down_kernel<false, true> : grad_down_kernel<false, false>;
     status = LK_LAUNCH(down, grid, THREADS, stream, p, dA_parts, plan.slab_rows, column_blocks);
-  }
-  if (status == cudaSuccess && (need_dA || need_dB)) {
-    const Sum a = {dA_parts, p.dA.data, p.dA.dtype, plan.slabs, plan.dA_size, p.dropout.threshold ? p.dropout.scale : 1.0f};
-    const Sum b = {dB_parts, p.dB.data, p.dB.dtype, plan.programs, plan.dB_size, p.scaling};
-    const dim3 grid(static_cast<unsigned>(blocks_of(a.size + b.size, THREADS)), 1);
-    status = LK_LAUNCH(sum_parts_kernel, grid, THREADS, stream, a, b);
   }
   return status;
 }
 
+// half: with the tiles of lowrank_grad_half.cu
+Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t R, bool half, bool need_dA, bool need_dB) {
+  if (half) return plan(M, N, K, R, need_dA, need_dB, half_tiles(M));
+  return plan(M, N, K, R, need_dA, need_dB, {GROUP_ROWS, TILE_COLS, RANKS, 4 * TILE_ROWS});
+}
+
 }  // namespace
 
-int64_t lowrank_grad_workspace(int64_t M, int64_t N, int64_t K, int64_t R, bool need_dA, bool need_dB) {
-  const Plan p = plan(M, N, K, R, need_dA, need_dB);
+int64_t lowrank_grad_workspace(int64_t M, int64_t N, int64_t K, int64_t R, bool half, bool need_dA, bool need_dB) {
+  const Plan p = plan_of(M, N, K, R, half, need_dA, need_dB);
   return p.programs * p.dB_size + p.slabs * p.dA_size;
 }
 
 int lowrank_grad(const LowrankGrad& p, void* stream) {
   if (p.M == 0) return cudaSuccess;
+  if (blocks_of(p.R, RANKS) > 65535) return cudaErrorInvalidValue;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p.dy.dtype) {
-    case DType::f32: return run<DType::f32>(p, s);
-    case DType::bf16: return run<DType::bf16>(p, s);
-    case DType::f16: return run<DType::f16>(p, s);
-  }
-  return cudaErrorInvalidValue;
+  const bool half = p.dy.dtype != DType::f32, need_dA = p.x.data, need_dB = p.u.data;
+  const Plan plan = plan_of(p.M, p.N, p.K, p.R, half, need_dA, need_dB);
+  float *dB_parts = p.workspace, *dA_parts = p.workspace + plan.programs * plan.dB_size;
+  const int status = half ? lowrank_grad_half(p, plan, dB_parts, dA_parts, s) : run_float(p, plan, dB_parts, dA_parts, s);
+  if (status != cudaSuccess || !(need_dA || need_dB)) return status;
+  const Sum a = {dA_parts, p.dA.data, p.dA.dtype, plan.slabs, plan.dA_size, p.dropout.threshold ? p.dropout.scale : 1.0f};
+  const Sum b = {dB_parts, p.dB.data, p.dB.dtype, plan.programs, plan.dB_size, p.scaling};
+  const dim3 grid(static_cast<unsigned>(blocks_of(a.size + b.size, THREADS)), 1);
+  return LK_LAUNCH(sum_parts_kernel, grid, THREADS, s, a, b);
 }
 
 }  // namespace lk::cuda

@@ -21,11 +21,6 @@ struct Share {
   uint32_t at[2][8];
 };
 
-template <class T>
-__device__ __forceinline__ uint32_t pair_as(float low, float high) {
-  return pair_of(low, high, static_cast<const T*>(nullptr));
-}
-
 // The 16 columns of a segment of 64 that the lanes with number t of a group of four hold: so that of 32 codes loaded by a lane
 // at once, half stay and half go to the lane beyond the next.
 __device__ __forceinline__ int run_of(int t) { return 32 * (t & 1) + 16 * (t >> 1); }

@@ -1,9 +1,4 @@
-// What the thin products share. A block stages a tile of TILE_ROWS rows by TILE_COLS columns of the large matrix (x or dy)
-// in shared memory, sixteen bytes at a time and with dropped elements at zero, and multiplies it with RANKS columns of the
-// small one, over its columns (u, du) or over its rows (dA, dB). Sums are float32 FMA in a fixed order.
-//
-// Shared memory is laid out so that the loads of the inner loops have no bank conflict: a thread of row_products owns
-// rows g, g + 8, g + 16, g + 24, whose pitch moves by four banks; one of column_products owns two neighbouring columns.
+// What the thin products share: how a block is made up, elements of the large matrix (x or dy), the dropout mask.
 #pragma once
 #include "../philox.h"
 #include "element.cuh"
@@ -12,14 +7,6 @@ namespace lk::cuda {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE_ROWS = 32, TILE_COLS = 128, RANKS = 16;
-constexpr int PACKS = TILE_ROWS * TILE_COLS / 8 / THREADS;  // packs of eight elements that a thread stages: 2
-constexpr int SMALL_PITCH = RANKS + 4;                      // rows stay 16-byte aligned
-
-template <class T> constexpr int TILE_PITCH = TILE_COLS + 16 / sizeof(T);
-
-template <class T> using Tile = T[TILE_ROWS][TILE_PITCH<T>];
-using Small = float[SMALL_PITCH];
 
 // Eight elements of row m from column c on, zero outside of (rows, cols); `wide`: they lie side by side, 16-byte aligned.
 template <class T, bool wide>
@@ -32,104 +19,27 @@ __device__ __forceinline__ Pack8<T> load8(const Matrix& x, int64_t m, int64_t c,
   return pack;
 }
 
-// This thread's packs of the tile at (m0, c0).
-template <class T, bool wide>
-__device__ __forceinline__ void load_tile(Pack8<T> (&packs)[PACKS], const Matrix& x, int64_t m0, int64_t c0, int64_t rows,
-                                          int64_t cols) {
+// Zero where the mask drops: row m, columns c to c + 7, c a multiple of 8.
+template <class T>
+__device__ __forceinline__ void drop8(Pack8<T>& pack, int64_t seed, uint32_t threshold, int64_t m, int64_t c) {
+  const Philox8 draw = philox8(static_cast<uint64_t>(seed), static_cast<uint64_t>(m), static_cast<uint32_t>(c >> 3));
 #pragma unroll
-  for (int i = 0; i < PACKS; ++i) {
-    const int pack = threadIdx.x + i * THREADS;
-    packs[i] = load8<T, wide>(x, m0 + pack / (TILE_COLS / 8), c0 + pack % (TILE_COLS / 8) * 8, rows, cols);
-  }
+  for (int j = 0; j < 8; ++j)
+    if (draw.lane(j) < threshold) pack.at[j] = T(0.0f);
 }
 
-// ... and into shared memory, with what the mask drops at zero. seed: null for no dropout.
-template <class T, bool dropout>
-__device__ __forceinline__ void store_tile(Tile<T>& tile, Pack8<T> (&packs)[PACKS], int64_t m0, int64_t c0,
-                                           const int64_t* seed, uint32_t threshold) {
-#pragma unroll
-  for (int i = 0; i < PACKS; ++i) {
-    const int pack = threadIdx.x + i * THREADS, row = pack / (TILE_COLS / 8), column = pack % (TILE_COLS / 8) * 8;
-    if constexpr (dropout) {
-      const Philox8 draw = philox8(static_cast<uint64_t>(*seed), static_cast<uint64_t>(m0 + row),
-                                   static_cast<uint32_t>((c0 + column) >> 3));
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (draw.lane(j) < threshold) packs[i].at[j] = T(0.0f);
-    }
-    *reinterpret_cast<Pack8<T>*>(&tile[row][column]) = packs[i];
+// Which of several A's that share x a block of `size` ranks has, and its first rank.
+struct Part {
+  int index;
+  int64_t r0;
+};
+__device__ __forceinline__ Part part_of(const LowrankDown& p, int block, int size) {
+  int part = 0;
+  while (block * size >= p.part[part].R) {
+    block -= static_cast<int>((p.part[part].R + size - 1) / size);
+    ++part;
   }
-}
-
-// small[i][j] = a[row0 + i, column0 + j] for i < count, j < RANKS, zero outside of (rows, columns).
-__device__ __forceinline__ void stage_small(Small* small, int count, const Matrix& a, int64_t row0, int64_t column0,
-                                            int64_t rows, int64_t columns) {
-  for (int i = threadIdx.x; i < count * RANKS; i += THREADS) {
-    // neighbouring threads follow the small stride
-    const bool along_columns = a.col_stride <= a.row_stride;
-    const int row = along_columns ? i / RANKS : i % count, column = along_columns ? i % RANKS : i / count;
-    const int64_t r = row0 + row, c = column0 + column;
-    small[row][column] = r < rows && c < columns ? load_scalar(a.data, a.dtype, r * a.row_stride + c * a.col_stride) : 0.0f;
-  }
-}
-
-// sum[i][j] += over this warp's columns c of tile[row][c] * small[c][rank]: row = lane / 4 + 8 i, rank = lane % 4 * 4 + j.
-template <DType dtype, class T>
-__device__ __forceinline__ void row_products(float (&sum)[4][4], const Tile<T>& tile, const Small* small) {
-  using E = Element<dtype>;
-  constexpr int WARP_COLS = TILE_COLS / WARPS;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, rank = lane % 4 * 4;
-#pragma unroll 1  // two steps side by side would not fit the registers
-  for (int c0 = warp * WARP_COLS; c0 < (warp + 1) * WARP_COLS; c0 += 8) {
-    Pack8<T> x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Pack8<T>*>(&tile[row + 8 * i][c0]);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const float4 a = *reinterpret_cast<const float4*>(&small[c0 + c][rank]);
-      const float ranks[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(E::get(x[i].at[c]), ranks[j], sum[i][j]);
-    }
-  }
-}
-
-// out[row * pitch + rank] = scale * the sum over the warps, in their order, for rows and ranks that exist.
-__device__ __forceinline__ void reduce_rows(float (*parts)[TILE_ROWS][RANKS], const float (&sum)[4][4], float* out,
-                                            int64_t pitch, int64_t rows, int64_t ranks, float scale) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __syncthreads();  // the parts of the last call have been read
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) parts[warp][lane / 4 + 8 * i][lane % 4 * 4 + j] = sum[i][j];
-  __syncthreads();
-  for (int i = threadIdx.x; i < TILE_ROWS * RANKS; i += THREADS) {
-    const int row = i / RANKS, rank = i % RANKS;
-    float total = parts[0][row][rank];
-#pragma unroll
-    for (int w = 1; w < WARPS; ++w) total += parts[w][row][rank];
-    if (row < rows && rank < ranks) out[row * pitch + rank] = scale * total;
-  }
-}
-
-// sum[i][j] += over the tile's rows m of tile[m][column + i] * small[m][rank + j]: column = 2 (thread / 4), rank = thread % 4 * 4.
-template <DType dtype, class T>
-__device__ __forceinline__ void column_products(float (&sum)[2][4], const Tile<T>& tile, const Small* small) {
-  using E = Element<dtype>;
-  const int column = threadIdx.x / 4 * 2, rank = threadIdx.x % 4 * 4;
-#pragma unroll 4
-  for (int m = 0; m < TILE_ROWS; ++m) {
-    const Pack2<T> x = *reinterpret_cast<const Pack2<T>*>(&tile[m][column]);
-    const float4 u = *reinterpret_cast<const float4*>(&small[m][rank]);
-    const float ranks[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(E::get(x.at[i]), ranks[j], sum[i][j]);
-  }
+  return {part, static_cast<int64_t>(block) * size};
 }
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

@@ -31,6 +31,7 @@
 #define blockIdx (lk::emulation::state().block)
 #define gridDim (lk::emulation::state().grid)
 #define __syncthreads() lk::emulation::barrier()
+#define __syncwarp() lk::emulation::warp_barrier()
 
 // rounding of their own, never fused (-ffp-contract=off)
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -40,6 +41,12 @@ inline float __int_as_float(int bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return word;
 }
 template <class T> void __stwb(T* to, T value) { *to = value; }
 template <class T> T __ldcs(const T* from) { return *from; }

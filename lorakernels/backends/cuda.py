@@ -64,7 +64,7 @@ def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
     """du and the parts of dB in one pass over dy, the parts of dA in one over x, then both sums in one launch, in CUDA C++."""
     du, dA, dB = native.lowrank_grad_results(dy, x, u, B, dtype)
     K, R = 0 if x is None else x.shape[1], (u if B is None else B).shape[1]
-    workspace = dy.new_empty(module().lowrank_grad_workspace(*dy.shape, K, R, x is not None, u is not None), dtype=torch.float32)
+    workspace = dy.new_empty(module().lowrank_grad_workspace(*dy.shape, K, R, dy.dtype != torch.float32, x is not None, u is not None), dtype=torch.float32)
     launch("lowrank_grad", dy, native.lowrank_grad_arguments(dy, x, u, B, du, dA, dB, scaling, seed, dropout_p, workspace))
     return du, dA, dB
 

@@ -125,6 +125,8 @@ def lowrank_grad_up(
                 tl.store(at, part, mask=inside)
         if NEED_DU:
             tl.store(du + m[:, None] * R + r[None, :], acc * scaling, mask=in_m[:, None] & in_r[None, :])
+        if NEED_DB:  # the compiler stores and loads a part in layouts of their own: what a thread adds to, another may have stored
+            tl.debug_barrier()
 
 
 @triton.jit
