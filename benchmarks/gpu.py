@@ -150,21 +150,19 @@ def lora_passes(M, K, N, R, adapter):
     rows, ranks, chunk = (64 if deep else 32) if tall else 16, 64 if deep else 16, 32 if deep else 16
     groups, slabs = min(ceil(M, 64 if tall else 32), 256), max(1, min(264 // (ceil(K, 64) * ceil(R, 32)), ceil(M, 128)))
     dB, dA = FULL * N * R * groups, FULL * R * K * slabs
-    few, many = (1, 1) if adapter == HALF else (2, 3)  # products of terms where one side is exact, and where none is
-
     def thin_half(name, moved, work, held, programs):
         return Pass(name, moved, work / MMA_SYNC, kernel=(held, programs))
 
     def add_half(name, columns):
         tiles_of_rows = max(1, min(ceil(M, 32) * ceil(columns, 256) // 264, 4))
-        return thin_half(name, HALF * 2 * M * columns + u, many * thin(0, columns), 2, ceil(M, 32 * tiles_of_rows) * ceil(columns, 256))
+        return thin_half(name, HALF * 2 * M * columns + u, count * thin(0, columns), 2, ceil(M, 32 * tiles_of_rows) * ceil(columns, 256))
 
     yield "CUDA C++", "lorakernels: cuda", [
         *frozen,
-        thin_half("u", HALF * M * K + u + small, few * thin(K, 0), 1 if deep else 2, ceil(M, rows) * ceil(R, ranks)),
+        thin_half("u", HALF * M * K + u + small, count * thin(K, 0), 1 if deep else 2, ceil(M, rows) * ceil(R, ranks)),
         add_half("y += u B^T", N),
-        thin_half("du and parts of dB", HALF * M * N + 2 * u + small + dB, few * thin(N, N), 1, groups * ceil(R, chunk)),
-        thin_half("parts of dA", HALF * M * K + u + dA, few * thin(K, 0), 2, ceil(K, 64) * slabs * ceil(R, chunk)),
+        thin_half("du and parts of dB", HALF * M * N + 2 * u + small + dB, count * thin(N, N), 1, groups * ceil(R, chunk)),
+        thin_half("parts of dA", HALF * M * K + u + dA, count * thin(K, 0), 2, ceil(K, 64) * slabs * ceil(R, chunk)),
         Pass("sums", dB + dA + small),
         add_half("dx += du A", K),
     ]

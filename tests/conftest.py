@@ -22,7 +22,7 @@ def _devices(name):
     return [d for d in (["cpu", "cuda"] if GPU else ["cpu"]) if backends.why_not(name, d, torch.float32) is None]
 
 
-USABLE = [(name, device) for name in ("reference", "cpu", "triton", "cuda") for device in _devices(name)]
+USABLE = [(name, device) for name in reversed(backends.NAMES) for device in _devices(name)]
 
 
 @pytest.fixture(params=USABLE, ids=lambda pair: pair[0] if pair[1] == "cpu" else f"{pair[0]}-{pair[1]}")

@@ -145,11 +145,11 @@ def hold_shared(base, adapter, p, device="cpu"):
             check(f"shared x, A {i} of {len(A)}", part, exact, eager, base=base, K=K)
 
 
-def hold_thin(M, K, N, R, base, adapter, device="cpu"):
+def hold_thin(M, K, N, R, base, adapter, device="cpu", seed=0):
     """u, du, dA and dB by themselves under the error rule. Returns them."""
     from lorakernels import ops
 
-    case = make_case(M, K, N, R, base, adapter, device=device)
+    case = make_case(M, K, N, R, base, adapter, device=device, seed=seed)
     u = ops.lowrank_down(case.x, [case.A], None, 0.0)
     du, dA, dB = ops.lowrank_grad(case.dy, case.x, u, case.B, None, 0.0, 1.5, adapter)
 

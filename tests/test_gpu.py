@@ -18,7 +18,7 @@ from lorakernels.nf4_modules import QLoraLinear
 pytestmark = pytest.mark.gpu
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ON_GPU = [name for name in ("cuda", "triton", "reference") if torch.cuda.is_available() and backends.why_not(name, "cuda", BF16) is None]
+ON_GPU = [name for name in ("cuda", "triton", "composed", "reference") if torch.cuda.is_available() and backends.why_not(name, "cuda", BF16) is None]
 
 
 @pytest.fixture(params=ON_GPU or ["none"])
@@ -39,7 +39,7 @@ def layer_on_gpu(**arguments):
 
 
 def test_every_built_backend_is_usable():
-    assert set(ON_GPU) == {"cuda", "triton", "reference"}, backends.available()
+    assert set(ON_GPU) == {"cuda", "triton", "composed", "reference"}, backends.available()
 
 
 def test_250_repeats_are_bit_equal(gpu_backend):

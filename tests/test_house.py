@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # models -> modules -> functional -> ops -> backends -> kernels; a file may import from lower ranks only
 RANK = {
     "__main__": 9, "__init__": 8, "explain": 7, "tune": 7.2, "pool": 7.5, "serving": 7.6, "routes": 4.5, "multi_models": 6.5, "checkpoint": 7, "models": 6, "nf4_modules": 5.5, "multi_modules": 5.6, "pool_modules": 5.6, "modules": 5, "functional": 4, "multi_ops": 3.5, "ops": 3,
-    "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.6, "backends.triton": 1.5, "backends.nf4_path": 1.2, "backends.native": 1.2, "backends.reference": 1.2,
+    "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.6, "backends.triton": 1.5, "backends.nf4_path": 1.2, "backends.native": 1.2, "backends.reference": 1.2, "backends.composed": 1.3,
     "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.nf4_matmul": 1.15, "backends.triton.multi": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1.3, "backends.triton.measured": 1.25, "adapter_ids": 0, "pages": 0, "flops": 0, "sharding": 0, "nf4": 0, "dropout": 0, "targets": 0,
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize(
-    "name, words", [("reference", "linear_lowrank: reference"), ("fast", "backend: expected one of cuda, triton, cpu, reference, got 'fast'")]
+    "name, words", [("reference", "linear_lowrank: reference"), ("fast", "backend: expected one of cuda, triton, cpu, composed, reference, got 'fast'")]
 )
 def test_backend_by_environment(name, words):
     script = "import lorakernels as lk; print(lk.explain(lk.LoraLinear(4, 4)))"
@@ -187,7 +187,7 @@ def run_again(isa, *plugin):
     chosen = "test_ranks or test_widths or test_dropout or share_x or fresh_memory or test_in_place_add or test_native_kernels_bits or same_mask"
     nf4 = "test_shapes_and_dtypes or test_rows_across or test_layouts or boundaries or zeros or every_backend or every_block_size or any_layout or gives_bitsandbytes"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *plugin]
-    command += [str(ROOT / "tests" / f"test_{name}.py") for name in ("lora_linear", "native_kernels", "nf4", "nf4_linear")] + ["-k", f"({chosen} or {nf4}) and not triton and not reference"]
+    command += [str(ROOT / "tests" / f"test_{name}.py") for name in ("lora_linear", "native_kernels", "nf4", "nf4_linear")] + ["-k", f"({chosen} or {nf4}) and not triton and not reference and not composed"]
     environment = {"LORAKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -43,7 +43,7 @@ def test_rank_rows_give_the_bits_of_stacks(backend, device, base, adapter):
         exact, eager = case.by_hand(torch.float64, case.W), case.by_hand(None, case.W)
         for name, out in (("y", y.detach()), ("dx", x.grad)):
             check(f"rank rows {name}", out, exact[name], eager[name], base=base, K=72)
-            assert torch.equal(out, whole[name]) or backend == "reference"  # torch sums in an order that follows the layout
+            assert torch.equal(out, whole[name]) or backend in ("composed", "reference")  # torch sums in an order that follows the layout
 
 
 def test_rank_rows_over_nf4(backend, device):
@@ -51,7 +51,7 @@ def test_rank_rows_over_nf4(backend, device):
     (A, B, pages), weight = rank_rows(case), quantize_nf4(case.W)
     y = multi_lora_linear(case.x, weight, A, B, case.ids, case.scaling, case.bias, ranks=case.ranks, pages=pages)
     check("rank rows over NF4", y, case.by_hand(torch.float64, weight.dequantize(F32))["y"], case.by_hand(None, weight.dequantize(BF16))["y"], base=BF16, K=64)
-    assert torch.equal(y, case.run(weight)["y"]) or backend == "reference"
+    assert torch.equal(y, case.run(weight)["y"]) or backend in ("composed", "reference")
 
 
 def test_rank_rows_beyond_31_bits(backend, device):

@@ -25,6 +25,7 @@ template <class T, class V, bool wide, Lie LIE>
 __global__ void __launch_bounds__(THREADS, LIE == Lie::scattered ? 1 : 2) add_lowrank_half_kernel(const AddLowrank p, int tiles) {
   using O = Operands<T, V>;
   using F = typename O::Factor;
+  constexpr int TERMS = O::ROUNDED ? 1 : 2;  // of u and v: y has half precision
   using E = std::conditional_t<std::is_same_v<T, __half>, Element<DType::f16>, Element<DType::bf16>>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int N = static_cast<int>(p.N), R = static_cast<int>(p.R);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, LIE == Lie::scattered ? 1 : 2) add_lo
   __syncthreads();
   if (n0 >= N) return;
   const bool dropout = p.dropout.threshold;
-  uint32_t right[2][4][2][O::SMALL];  // of two times 32 columns four products' share of v; what there is of one sixteen ranks stays
+  uint32_t right[2][4][2][TERMS];  // of two times 32 columns four products' share of v; what there is of one sixteen ranks stays
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * WARPS_M + warp / WARPS_N) * tiles * ROWS;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -56,25 +57,25 @@ __global__ void __launch_bounds__(THREADS, LIE == Lie::scattered ? 1 : 2) add_lo
           load_pairs<F, LIE>(right[c], at, p.v.col_stride, p.v.row_stride, R - r, N - n);
         }
       }
-      uint32_t left[O::SMALL][4];
+      uint32_t left[TERMS][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t m = m0 + 8 * i + g;
         const float* at = static_cast<const float*>(p.u.data) + m * p.u.row_stride + r;
-        uint32_t pair[1][2][O::SMALL];
+        uint32_t pair[1][2][TERMS];
         load_pairs<F, LIE == Lie::scattered ? LIE : Lie::along>(pair, at, 1, 0, R - r, m < p.M);
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int l = 0; l < O::SMALL; ++l) left[l][i + 2 * k] = pair[0][k][l];
+          for (int l = 0; l < TERMS; ++l) left[l][i + 2 * k] = pair[0][k][l];
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          uint32_t both[O::SMALL][2];
+          uint32_t both[TERMS][2];
 #pragma unroll
-          for (int l = 0; l < O::SMALL; ++l) both[l][0] = right[c][j][0][l], both[l][1] = right[c][j][1][l];
+          for (int l = 0; l < TERMS; ++l) both[l][0] = right[c][j][0][l], both[l][1] = right[c][j][1][l];
           mma_terms<F>(sum[c][j], left, both);
         }
     }

@@ -12,9 +12,6 @@ namespace {
 constexpr int COLUMNS = 64;
 static_assert(COLUMNS == half_tiles(1).columns && COLUMNS == DEPTH, "as the plan says");
 
-// With up to 16 ranks the next rows are on their way while some are multiplied; with more, or (over rows) terms of x, no registers are left for them.
-template <int GROUPS> constexpr bool AHEAD = GROUPS == 2;
-
 // Where chunk c of row r stands, of rows of 64 columns that a warp keeps for itself: those that store a row's chunks and those that read a
 // chunk of every other row meet no bank twice.
 __device__ __forceinline__ int place_of(int r, int c) { return 8 * r + (c ^ (r & 6) ^ (r & 1) << 2); }
@@ -24,6 +21,7 @@ __device__ __forceinline__ int place_of(int r, int c) { return 8 * r + (c ^ (r &
 template <class T, class V, int GROUPS, int TILES, int GROUP_ROWS, bool wide, Lie LIE>
 __global__ void __launch_bounds__(THREADS, 1) grad_up_half_kernel(const LowrankGrad p, float* dB_parts, int chunks) {
   using O = Operands<T, V>;
+  constexpr bool ahead = GROUPS == 2;  // the next rows on their way while some are multiplied; more ranks leave no registers for them
   constexpr int ROWS = 16 * TILES, TIMES = GROUP_ROWS / ROWS, RANKS = 8 * GROUPS, PAIRED = GROUPS / 2;  // sixteen ranks
   __shared__ uint4 rows_of[WARPS][8 * ROWS];                // at the end the warps' sums of du
   __shared__ uint4 u[GROUP_ROWS / 16][PAIRED][O::SMALL][32];  // each lane's share of u
@@ -55,20 +53,20 @@ __global__ void __launch_bounds__(THREADS, 1) grad_up_half_kernel(const LowrankG
     }
     float du[TIMES][TILES][GROUPS][4] = {};
     Share<TILES> next;
-    if (AHEAD<GROUPS> && warp < steps) load_share<T, wide, TILES>(next, p.dy, m0, warp * DEPTH, p.M, N);
+    if (ahead && warp < steps) load_share<T, wide, TILES>(next, p.dy, m0, warp * DEPTH, p.M, N);
 #pragma unroll 1
     for (int step = warp; step < steps; step += WARPS) {
       float columns[8][PAIRED][4] = {};
 #pragma unroll
       for (int time = 0; time < TIMES; ++time) {
         Share<TILES> now;
-        if (AHEAD<GROUPS>)
+        if (ahead)
           copy_share<TILES>(now, next);
         else
           load_share<T, wide, TILES>(now, p.dy, m0 + ROWS * time, step * DEPTH, p.M, N);
         const int next_step = time + 1 < TIMES ? step : step + WARPS;
         const int64_t next_m = time + 1 < TIMES ? m0 + ROWS * (time + 1) : m0;
-        if (AHEAD<GROUPS> && next_step < steps) load_share<T, wide, TILES>(next, p.dy, next_m, next_step * DEPTH, p.M, N);
+        if (ahead && next_step < steps) load_share<T, wide, TILES>(next, p.dy, next_m, next_step * DEPTH, p.M, N);
         if (need_du) row_products<T, V, GROUPS, LIE, TILES>(du[time], now, B, step * DEPTH);
         if (need_dB) {
           __syncwarp();  // the rows before have been read
@@ -137,9 +135,13 @@ __global__ void __launch_bounds__(THREADS, 1) grad_up_half_kernel(const LowrankG
   }
 }
 
+// Where terms and sums take too many registers for two blocks to share a processor, a block has one for itself; there, and with few sums, the
+// next rows are on their way while some are multiplied.
+template <class T, class V, int GROUPS> constexpr bool ALONE = !Operands<T, V>::ROUNDED && (GROUPS > 2 || Operands<T, V>::LARGE > 1);
+
 // A block owns 64 columns, RANKS ranks and a slab of rows, sixteen of which a warp takes at a time; its part of dA is (R,K).
 template <class T, class V, int GROUPS, bool wide>
-__global__ void __launch_bounds__(THREADS, wide && GROUPS * Operands<T, V>::LARGE < 8 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, wide && !ALONE<T, V, GROUPS> ? 2 : 1)
 grad_down_half_kernel(const LowrankGrad p, float* dA_parts, int64_t slab_rows, int column_blocks, int chunks) {
   using O = Operands<T, V>;
   constexpr int RANKS = 8 * GROUPS, PAIRED = GROUPS / 2;
@@ -162,7 +164,7 @@ grad_down_half_kernel(const LowrankGrad p, float* dA_parts, int64_t slab_rows, i
     for (int q = 0; q < PAIRED; ++q) load_thin(next_du[q], thin, m, r0 + 16 * q + 2 * g, t);
   };
   int64_t m = begin + 16 * warp;
-  constexpr bool ahead = AHEAD<GROUPS> && O::LARGE == 1;
+  constexpr bool ahead = wide && (ALONE<T, V, GROUPS> || GROUPS == 2);
   if (ahead && m < end) load(m);
 #pragma unroll 1
   for (; m < end; m += 16 * WARPS) {

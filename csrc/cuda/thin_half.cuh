@@ -11,22 +11,23 @@ namespace lk::cuda {
 namespace {
 
 // How operands enter, for a base of type T and adapters of type V: adapters of T as they are, with u and du rounded to T; all else as
-// sums of bfloat16 terms, of an adapter, u and du two, of x and dy as many as they have: float16 two. What two second terms give lies
-// below what is kept and is left out.
+// sums of bfloat16 terms, of an adapter, u and du three, which are all of a float32's bits, of x and dy as many as they have: float16 two.
 template <class T, class V>
 struct Operands {
   static constexpr bool ROUNDED = std::is_same_v<T, V>;
   using Factor = std::conditional_t<ROUNDED, T, __nv_bfloat16>;
-  static constexpr int LARGE = !ROUNDED && std::is_same_v<T, __half> ? 2 : 1, SMALL = ROUNDED ? 1 : 2;  // terms
+  static constexpr int LARGE = !ROUNDED && std::is_same_v<T, __half> ? 2 : 1, SMALL = ROUNDED ? 1 : 3;  // terms
 };
 
 // Two neighbours along the summed dimension as terms of type F.
 template <class F, int TERMS>
 __device__ __forceinline__ void split(float low, float high, uint32_t (&term)[TERMS]) {
+  static_assert(TERMS == 1 || std::is_same_v<F, __nv_bfloat16>, "a bfloat16 is the upper half of a float32");
   term[0] = pair_as<F>(low, high);
-  if constexpr (TERMS == 2) {
-    static_assert(std::is_same_v<F, __nv_bfloat16>, "a bfloat16 is the upper half of a float32");
-    term[1] = pair_as<F>(low - __int_as_float(static_cast<int>(term[0] << 16)), high - __int_as_float(static_cast<int>(term[0] & 0xffff0000u)));
+#pragma unroll
+  for (int i = 1; i < TERMS; ++i) {
+    low -= __int_as_float(static_cast<int>(term[i - 1] << 16)), high -= __int_as_float(static_cast<int>(term[i - 1] & 0xffff0000u));
+    term[i] = pair_as<F>(low, high);
   }
 }
 
@@ -41,12 +42,15 @@ __device__ __forceinline__ void split_large(uint32_t pair, uint32_t (&term)[Oper
   }
 }
 
-// d += a b, from the smallest terms on
+// d += a b, from the smallest terms on; products of terms that lie below the last one of either are left out
 template <class F, int A, int B>
 __device__ __forceinline__ void mma_terms(float (&d)[4], const uint32_t (&a)[A][4], const uint32_t (&b)[B][2]) {
-  if constexpr (A > 1) mma<F>(d, a[1], b[0]);
-  if constexpr (B > 1) mma<F>(d, a[0], b[1]);
-  mma<F>(d, a[0], b[0]);
+  constexpr int KEPT = A > B ? A : B;
+#pragma unroll
+  for (int both = KEPT - 1; both >= 0; --both)
+#pragma unroll
+    for (int i = A - 1; i >= 0; --i)
+      if (both >= i && both - i < B) mma<F>(d, a[i], b[both - i]);
 }
 
 // Eight elements of row m from column c on as four pairs, zero outside of (rows, cols); `wide`: they lie side by side, 16-byte aligned, and

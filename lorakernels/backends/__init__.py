@@ -11,12 +11,12 @@ import importlib
 import os
 import warnings
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "composed", "reference")
 PRIMITIVES = ("lowrank_down", "linear_lowrank", "lowrank_grad", "nf4_linear_lowrank", "dequantize_nf4", "quantize_nf4", "multi_route", "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad")
 
 # No kernel of this library has been timed on a GPU yet: there the composition of torch's own products is the default,
 # and "triton" and "cuda" are opt-in.
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("composed", "reference")}
 
 # One deliberate global: autograd's device threads do not inherit context variables, and a backward must run on the
 # backend that was asked for.
@@ -40,8 +40,8 @@ def available():
     """{backend: "ok" or why not}, for the device type that each is made for."""
     import torch
 
-    home = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "reference": "cpu"}
-    return {name: why_not(name, home[name], torch.float32) or "ok" for name in NAMES}
+    home = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+    return {name: why_not(name, home.get(name, "cpu"), torch.float32) or "ok" for name in NAMES}
 
 
 @functools.lru_cache(maxsize=None)
@@ -78,7 +78,7 @@ def forced():
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Run everything inside through one backend ("cuda", "triton", "cpu", "reference"), in every thread of the process.
+    """Run everything inside through one backend ("cuda", "triton", "cpu", "composed", "reference"), in every thread of the process.
 
     Raises ValueError for an unknown name at once; a backend that cannot run raises RuntimeError at its first use.
     """

@@ -55,10 +55,11 @@ def lowrank_down(x, A, seed, dropout_p):
 
 def linear_lowrank(x, w, u, v, scaling, bias, lowrank_bias, seed, dropout_p):
     """y (M,N) = x w^T + bias + scaling * (drop(u v^T) + lowrank_bias): torch product, then the sum in float32."""
-    return _add(base_product(x, w, bias), u, v, scaling, lowrank_bias, seed, dropout_p)
+    return add_lowrank(base_product(x, w, bias), u, v, scaling, lowrank_bias, seed, dropout_p)
 
 
-def _add(y, u, v, scaling, lowrank_bias, seed, dropout_p):
+def add_lowrank(y, u, v, scaling, lowrank_bias, seed, dropout_p):
+    """y += scaling * (drop(u v^T) + lowrank_bias), the sum in float32. Returns y."""
     delta = drop(product(u, v.t(), u.dtype), seed, dropout_p) * scaling
     if lowrank_bias is not None:
         delta += lowrank_bias.to(u.dtype) * scaling
@@ -140,7 +141,7 @@ def nf4_linear_lowrank(
     """linear_lowrank with W, or where turned W^T, in NF4: slabs of it dense in x's dtype, a torch product each, then the sum."""
     weight = (packed, absmax, nested, N, K, blocksize, nested_blocksize)
     y = nf4_product(x, (N, K), turned, bias, lambda n0, k0, out: out.copy_(dequantize_nf4(*weight, n0, k0, *out.shape, out.dtype)), SLAB)
-    return y if u is None else _add(y, u, v, scaling, lowrank_bias, seed, dropout_p)
+    return y if u is None else add_lowrank(y, u, v, scaling, lowrank_bias, seed, dropout_p)
 
 
 # -- many adapters ---------------------------------------------------------------------------------------------------------------
