@@ -33,7 +33,7 @@ class Orders:
 
     def begin(self):
         """A forward of the model begins: what was made before is made again, within a graph that is being captured too."""
-        self.made.clear()
+        self.made = {}  # a new one: torch.compile would take another program where it finds the old one empty, as at first
 
     def of(self, x, ids, E):
         """For x (..., K) and the ids that ids(device) gives."""
