@@ -91,11 +91,11 @@ class Work:
 
 
 def ours(device, dtype, fused=False):
-    """{name: context} of this library on a device: what a user gets, and on a GPU every backend that can run."""
-    found = {"lorakernels": contextlib.nullcontext}
+    """{name: context} of this library on a device: what a user gets, and on a GPU every other backend that can run."""
+    found, usual = {"lorakernels": contextlib.nullcontext}, backends.ORDER.get(device, ("reference",))[0]
     if device != "cpu":
         for name in backends.NAMES:
-            if backends.why_not(name, device, dtype) is None and name != "reference":
+            if backends.why_not(name, device, dtype) is None and name not in ("reference", usual):
                 found[f"lorakernels: {name}"] = lambda name=name: backends.use_backend(name)
         if fused and "lorakernels: triton" in found:
             found["lorakernels: triton fused"] = fused_product
