@@ -23,7 +23,7 @@ from .results import load, rows_of
 ROOT = Path(__file__).parent.parent
 COMPILED = Path(__file__).parent / "compiled.json"
 HALF, FULL = 2, 4  # bytes
-MMA_SYNC = 0.6  # of the matrix units' rate, which from sm_90 on mma.sync does not reach (Hopper: 60 to 75 %)
+MMA_SYNC = 0.6  # of the matrix units' rate, which mma.sync does not reach on Hopper (60 to 75 %); taken for every GPU here
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight, double-quantised scales included
 
 
@@ -150,6 +150,7 @@ def lora_passes(M, K, N, R, adapter):
     rows, ranks, chunk = (64 if deep else 32) if tall else 16, 64 if deep else 16, 32 if deep else 16
     groups, slabs = min(ceil(M, 64 if tall else 32), 256), max(1, min(264 // (ceil(K, 64) * ceil(R, 32)), ceil(M, 128)))
     dB, dA = FULL * N * R * groups, FULL * R * K * slabs
+
     def thin_half(name, moved, work, held, programs):
         return Pass(name, moved, work / MMA_SYNC, kernel=(held, programs))
 

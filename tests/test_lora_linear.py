@@ -9,7 +9,7 @@ from numerics import check
 from oracle import make_case
 
 import lorakernels as lk
-from lorakernels import backends, dropout
+from lorakernels import backends, dropout, ops
 from lorakernels.functional import lora_linear
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -396,3 +396,13 @@ def test_backend_that_was_asked_for_runs_or_raises():
         lora_linear(case.x, case.W, case.A, case.B)
     with pytest.raises(ValueError, match="backend: expected one of .* got 'fast'"), lk.use_backend("fast"):
         pass
+
+
+def test_what_is_dropped_is_zero_whatever_it_was(backend, device):
+    """Not finite times zero would not be."""
+    torch.manual_seed(5)
+    seed = dropout.draw_seed(device)
+    x, A = torch.ones(16, 24, device=device), torch.ones(1, 24, device=device)
+    x[~dropout.keep_mask(seed, 16, 24, 0.5)] = float("inf")
+    for dtype in (F32, BF16):
+        assert torch.isfinite(ops.lowrank_down(x.to(dtype), [A], seed, 0.5)).all()

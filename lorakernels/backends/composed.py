@@ -58,8 +58,8 @@ def summed(parts, count, dim):
 
 
 def kept(x, seed, dropout_p):
-    """x with what is dropped at zero, not scaled."""
-    return x if seed is None else x * dropout.keep_mask(seed, *x.shape, dropout_p).to(x.dtype)
+    """x with what is dropped at zero, whatever it was, not scaled."""
+    return x if seed is None else torch.where(dropout.keep_mask(seed, *x.shape, dropout_p), x, x.new_zeros(()))
 
 
 def lowrank_down(x, A, seed, dropout_p):
@@ -94,8 +94,7 @@ def add_lowrank(y, u, v, scaling, seed, dropout_p):
     with torch.autocast(y.device.type, enabled=False):
         if seed is None:
             return y.addmm_(left, right, alpha=scaling)
-        mask = dropout.keep_mask(seed, *y.shape, dropout_p).to(y.dtype)
-        return y.addcmul_(product(left, right), mask, value=scaling * dropout.scale(dropout_p))
+        return y.add_(kept(product(left, right), seed, dropout_p), alpha=scaling * dropout.scale(dropout_p))
 
 
 def lowrank_grad(dy, x, u, B, seed, dropout_p, scaling, dtype):
