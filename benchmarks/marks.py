@@ -38,7 +38,7 @@ def _nf4_cpu(row, isa):
     bnb = min((name for name in row.others if name.startswith("bitsandbytes")), key=row.median, default=None)
     if case.mode == "quantize" and case.K == case.N == 4096 and bnb:
         yield "bitsandbytes / time", row.ratio(bnb, row.best), 15, True
-    if case.mode == "decode" and (case.K, case.N, case.M) == (4096, 14336, 1) and case.dtype == "bfloat16" and isa == "avx512bf16":
+    if case.mode == "decode" and (case.K, case.N, case.M) == (4096, 14336, 1) and case.dtype == "bfloat16" and isa in ("avx512bf16", "amx"):
         cold, one = case.cache == "cold", case.threads == 1
         if cold:
             yield "bf16 F.linear / time", row.ratio(row.base, row.best), 7 if one else 6, True

@@ -19,7 +19,7 @@ def run(*arguments, plugin="", **environment):
 
 
 # avx512bf16 has avx512's code but for its products of bfloat16, and what is portable takes a minute
-@pytest.mark.parametrize("isa", [pytest.param("portable", marks=pytest.mark.full), "avx2", pytest.param("avx512", marks=pytest.mark.full), "avx512bf16"])
+@pytest.mark.parametrize("isa", [pytest.param("portable", marks=pytest.mark.full), "avx2", pytest.param("avx512", marks=pytest.mark.full), "avx512bf16", "amx"])
 def test_native_kernels(isa):
     import emulated_cpu
 

@@ -194,7 +194,7 @@ def run_again(isa, *plugin):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_each_instruction_set_gives_right_results(isa):
     usable = native_cpu().isas().get(isa)
     if not usable:
@@ -204,7 +204,7 @@ def test_each_instruction_set_gives_right_results(isa):
     run_again(isa)
 
 
-@pytest.mark.parametrize("isa", [pytest.param("avx512", marks=pytest.mark.full), "avx512bf16"])
+@pytest.mark.parametrize("isa", [pytest.param("avx512", marks=pytest.mark.full), "avx512bf16", "amx"])
 def test_what_this_processor_lacks_gives_right_results_where_it_is_emulated(isa):
     import emulated_cpu
 

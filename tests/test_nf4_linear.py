@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorakernels as lk
 from lorakernels import backends, dropout, nf4, ops
+from lorakernels.backends import nf4_path
 from lorakernels.functional import lora_linear, nf4_linear, quantize_nf4
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -61,9 +62,7 @@ def test_rows_across_every_switch_of_kernel(backend, device, base, M):
 
 
 def test_every_switch_is_among_those_rows():
-    from lorakernels.backends import nf4_path
-
-    assert (nf4_path.PAIRED_ROWS, nf4_path.AVX2_ROWS, nf4_path.FEW_ROWS, nf4_path.FUSED_ROWS) == (9, 12, 16, 128)
+    assert (nf4_path.TILED_ROWS, nf4_path.PAIRED_ROWS, nf4_path.AVX2_ROWS, nf4_path.FEW_ROWS, nf4_path.FUSED_ROWS) == (2, 9, 12, 16, 128)
 
 
 @pytest.mark.parametrize("base", [F32, BF16])
@@ -75,7 +74,8 @@ def test_long_rows_on_the_processor(base, N, K, blocksize):
     with backends.use_backend("cpu"):
         for M in (1, 4, 7):
             hold(make_case(M, K, N, 3, base, F32, bias=True, lora_bias=True), blocksize, label="long ")
-        weight, x = quantize_nf4(torch.randn(N, K), blocksize), torch.randn(7, K).to(base)
+        rows = min(7, nf4_path.few_rows(backends.load("cpu").module().isa(), base, K))
+        weight, x = quantize_nf4(torch.randn(N, K), blocksize), torch.randn(rows, K).to(base)
         assert torch.equal(nf4_linear(x, weight), torch.cat([nf4_linear(row, weight) for row in x.split(1)]))
 
 

@@ -4,6 +4,11 @@
 #include <string>
 
 #include "kernels.h"
+#if defined(LK_X86) && !defined(LK_NO_AMX) && !defined(LK_AVX512_EMULATION)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lk::cpu {
 namespace {
@@ -13,11 +18,26 @@ namespace {
 #ifdef LK_X86
 const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512),
 #ifndef LK_NO_AVX512BF16
-                         LK_KERNELS(avx512bf16)
+                         LK_KERNELS(avx512bf16),
+#endif
+#ifndef LK_NO_AMX
+                         LK_KERNELS(amx),
 #endif
 };
 #else
 const Kernels every[] = {LK_KERNELS(portable)};
+#endif
+
+#if defined(LK_X86) && !defined(LK_NO_AMX) && !defined(LK_AVX512_EMULATION)
+// A process asks Linux for the tiles' state, once; older kernels, and some sandboxes, do not give it.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool given = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return given;
+}
 #endif
 
 }  // namespace
@@ -32,6 +52,9 @@ bool processor_has(const char* isa) {
   return true;
 #endif
 #ifdef LK_X86
+#ifndef LK_NO_AMX
+  if (!std::strcmp(isa, "amx")) return processor_has("avx512bf16") && may_use_tiles();
+#endif
 #ifndef LK_NO_AVX512BF16
   if (!std::strcmp(isa, "avx512bf16")) return processor_has("avx512") && __builtin_cpu_supports("avx512bf16");
 #endif

@@ -31,6 +31,7 @@ LK_DECLARE_KERNELS(portable)
 LK_DECLARE_KERNELS(avx2)
 LK_DECLARE_KERNELS(avx512)
 LK_DECLARE_KERNELS(avx512bf16)
+LK_DECLARE_KERNELS(amx)
 #endif
 
 // The set in use: the widest that the processor has, or the one that LORAKERNELS_CPU_ISA names.

@@ -1,7 +1,7 @@
 // An NF4 product in pairs of bfloat16 (AVX-512-BF16): x is laid out once for the dot product, tiles of W are decoded as pairs along the
 // depth.
 #pragma once
-#ifdef LK_ISA_AVX512BF16
+#if defined(LK_ISA_AVX512BF16) && !defined(LK_ISA_AMX)
 #include "nf4_product.h"
 #include "pairs.h"
 #include "parallel.h"

@@ -1,11 +1,12 @@
 // y = x W^T + bias on packed NF4, or y = x W + bias where turned, without the low-rank term, for many rows of x: tiles of W are decoded
-// on their way to the product, here to float32, in nf4_pairs.h to bfloat16. Compiled once per instruction set (CMakeLists.txt), see vec.h.
+// on their way to the product, here to float32, in nf4_pairs.h and nf4_tiles.h to bfloat16. Compiled once per instruction set (CMakeLists.txt), see vec.h.
 //
 // A sum over the depth runs in blocks, in their order, whatever the tile: bits depend on K and N alone, not on threads or a row's place.
 #include "nf4_product.h"
 
 #include "kernels.h"
 #include "nf4_pairs.h"
+#include "nf4_tiles.h"
 #include "parallel.h"
 
 namespace lk::cpu {
@@ -80,7 +81,9 @@ void nf4_product(const NF4Product& product) {
   const NF4Linear& p = product.linear;
   const int64_t columns = product.turned ? p.w.K : p.w.N;
   Call g = {&p, product.turned, columns, columns >= 16 * WIDE ? WIDE : WIDE / 4};  // of narrow layers more tasks, for threads to share evenly
-#ifdef LK_ISA_AVX512BF16
+#if defined(LK_ISA_AMX)
+  if (p.x.dtype == DType::bf16) return product_in_tiles(g);
+#elif defined(LK_ISA_AVX512BF16)
   if (p.x.dtype == DType::bf16 && (product.turned || p.w.K % RUN == 0)) return product_in_pairs(g);
 #endif
   parallel_for(ceil_div(p.lowrank.M, TASK_ROWS) * ceil_div(columns, g.wide), p.lowrank.M * p.w.N * p.w.K, tasks, &g);

@@ -1,4 +1,4 @@
-// What the two forms of an NF4 product (nf4_product.cpp, nf4_pairs.h) share.
+// What the forms of an NF4 product (nf4_product.cpp, nf4_pairs.h, nf4_tiles.h) share.
 #pragma once
 #include "nf4_runs.h"
 
@@ -11,7 +11,7 @@ struct Call {
   const NF4Linear* p;
   bool turned;
   int64_t columns, wide;  // of y; of a task
-  uint32_t* x = nullptr;  // nf4_pairs.h: rows m0 ... m1 of x, laid out
+  uint32_t* x = nullptr;  // nf4_pairs.h and nf4_tiles.h: rows m0 ... m1 of x, laid out
   int64_t m0 = 0, m1 = 0, rows = 0;  // how many they are, rounded up
 };
 

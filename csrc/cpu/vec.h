@@ -68,7 +68,11 @@ LK_INLINE float load_scalar(const void* data, DType dtype, int64_t index) {
 
 // -- vectors ---------------------------------------------------------------------------------------------------------
 
-#if defined(LK_ISA_AVX512BF16)
+#if defined(LK_ISA_AMX)
+#define LK_ISA_NAME amx
+#define LK_ISA_AVX512BF16
+#define LK_ISA_AVX512
+#elif defined(LK_ISA_AVX512BF16)
 #define LK_ISA_NAME avx512bf16
 #define LK_ISA_AVX512
 #elif defined(LK_ISA_AVX512)

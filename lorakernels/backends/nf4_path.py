@@ -2,7 +2,8 @@
 
 import torch
 
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+PAIRING = ISAS[-2:]  # multiply pairs of bfloat16
 FEW = "few"  # the packed codes meet the rows as they are, every code looked up once for all of them
 FUSED = "fused"  # a product whose tiles of W are decoded on their way to it
 SLABS = "slabs"  # W is decoded slab by slab, and torch multiplies each
@@ -19,6 +20,11 @@ AVX2_ROWS = 12
 # 1.2, 12 rows level.
 PAIRED_ROWS = 9
 
+# bfloat16 on AMX, ms with two threads on a Xeon with it, few rows' kernel against tiles (and dense F.linear), 14336x4096 / 4096x14336 / 4096x4096: 1 row 1.25
+# to 2.50 (3.86) / 1.17 to 2.47 (3.96) / 0.40 to 0.78 (1.18), 2 rows 2.00 to 2.53 / 1.97 to 2.43 / 0.60 to 0.77, 3 rows 2.50 to 2.35 / 2.56 to 2.60 / 0.83 to
+# 0.78, 4 rows 3.20 to 2.44 / 3.48 to 2.64 / 1.07 to 0.78, 16 rows 12.4 to 2.77 (4.77) / 13.7 to 2.85 (5.70) / 3.85 to 0.88 (1.49).
+TILED_ROWS = 2
+
 # Beyond few rows the fused product is ahead of slabs, or level, on a CPU with vectors for all rows. bfloat16 on AVX-512-BF16, the same, to slabs and dense
 # F.linear: 64 rows 18.9 to 23.1 and 21.8 / 20.0 to 22.0 and 20.4 / 5.8 to 6.6 and 6.0, 256 rows 70 to 73 and 69 / 71 to 73 and 69 / 20.6 to 21.9 and 20.1, 2048
 # rows 585 to 593 and 587 / 569 to 565 and 551 / 165 to 174 and 169; one thread, 256 rows 141 to 146 and 137. float32, 256 rows 141 to 189 and 212.
@@ -29,17 +35,21 @@ PAIRED_ROWS = 9
 FUSED_ROWS = 128
 
 
+def few_rows(architecture, dtype, K):
+    """The most rows that meet a processor's packed codes."""
+    if architecture in PAIRING and dtype == torch.bfloat16 and (K % 64 == 0 or architecture == "amx"):
+        return TILED_ROWS if architecture == "amx" else PAIRED_ROWS
+    return AVX2_ROWS if architecture == "avx2" else FEW_ROWS
+
+
 def nf4_path(M, N, K, dtype, architecture, turned):
     """The form of x W^T (of x W where turned) for x (M, K). architecture: a processor's instruction set, a compute capability such as
     (9, 0), or AMD's name of an architecture."""
     if architecture in ISAS:
-        half = architecture == "avx512bf16" and dtype == torch.bfloat16
-        paired = half and K % 64 == 0
-        if not turned and M <= (PAIRED_ROWS if paired else AVX2_ROWS if architecture == "avx2" else FEW_ROWS):
+        if not turned and M <= few_rows(architecture, dtype, K):
             return FEW
-        if architecture == "portable" or (half and not turned and not paired):
-            return SLABS
-        return FUSED
+        unpaired = architecture == "avx512bf16" and dtype == torch.bfloat16 and not turned and K % 64
+        return SLABS if architecture == "portable" or unpaired else FUSED
     if dtype == torch.float32:
         return SLABS  # its products run on plain FMA, of which a fused one has no more
     if M <= FEW_ROWS and not turned and isinstance(architecture, tuple):

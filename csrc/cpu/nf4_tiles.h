@@ -1,0 +1,254 @@
+// An NF4 product on tile registers (tiles.h): x is laid out once in tiles, W is decoded to tiles of bfloat16, rounded once, that stay in the
+// first cache while all rows meet them.
+//
+// x W^T: W is the left operand, so that what is decoded along its rows lies as a tile has it, x's pairs are the right one, and sums are
+// turned when they are stored. x W: the depth runs across W's rows, two of which make pairs; W is the right operand.
+// A sum runs over the depth in its order: bits depend on K and N alone, not on threads or a row's place.
+#pragma once
+#ifdef LK_ISA_AMX
+#include "nf4_product.h"
+#include "pairs.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace lk::cpu {
+namespace {
+
+constexpr int64_t ROWS_AT_ONCE = 512;  // rows of x that are laid out at a time at most, for decoding W is paid for each time
+constexpr int64_t LAID_OUT = 8 << 20;  // bytes that they may take, for every task reads them: they stay within the last cache
+constexpr int64_t CHUNK = 4 * RUN;     // of the depth: the tiles of a UNIT stay within the first cache, x's part and the sums within the second
+constexpr int64_t STEPS = CHUNK / TILE_DEPTH;
+constexpr int64_t UNIT = RUN;          // columns that are decoded at a time
+constexpr int64_t COLUMNS_MOST = 256, COLUMNS_LEAST = 64;  // of a task
+constexpr int64_t TILE_WORDS = TILE_FLOATS, CHUNK_WORDS = STEPS * TILE_WORDS;
+
+// Whether all blocks of W begin with a RUN: then codes are looked up sixteen bits at a time, in the order that they come.
+LK_INLINE bool coded(const NF4Weight& w) { return in_runs(w); }
+
+// The elements of a RUN in the order that two vectors of looked-up codes have them: a lane's 16 bits hold elements 4 w + (j ^ 1), j = 0 ... 3.
+struct Order {
+  alignas(64) uint16_t at[2][2 * VL];
+  Order() {
+    for (int v = 0; v < 2; ++v)
+      for (int l = 0; l < 2 * VL; ++l) at[v][l] = static_cast<uint16_t>(4 * (l % VL) + ((2 * v + l / VL) ^ 1));
+  }
+};
+
+// A block's sixteen values as bfloat16, for the scale that it has; as often as a vector holds them.
+LK_INLINE __m512i values_of(Vec codes, float low, float high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(mul(codes, broadcast(high)), mul(codes, broadcast(low)));
+}
+
+// x's tiles: [CHUNK of the depth][block of TILE_ROWS rows][TILE_DEPTH], zeros behind its end and behind the last row.
+static void lay_out_tiles(int64_t begin, int64_t end, void* context) {
+  const Call& g = *static_cast<const Call*>(context);
+  const Matrix& x = g.p->x;
+  const int64_t depth = g.turned ? g.p->w.N : g.p->w.K, blocks = g.rows / TILE_ROWS;
+  const bool in_order = g.turned || !coded(g.p->w);
+  static const Order order;
+  const __m512i first = _mm512_load_si512(order.at[0]), second = _mm512_load_si512(order.at[1]);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t run = t / blocks, block = t % blocks, k0 = run * RUN, some = smaller(RUN, depth - k0);
+    __m512i low[TILE_ROWS], high[TILE_ROWS];
+    for (int64_t r = 0; r < TILE_ROWS; ++r) {
+      const int64_t m = g.m0 + block * TILE_ROWS + r;
+      const uint16_t* from = static_cast<const uint16_t*>(x.data) + m * x.row_stride + k0 * x.col_stride;
+      alignas(64) uint16_t copy[RUN];
+      if (m >= g.m1 || some < RUN || x.col_stride != 1) {
+        for (int64_t k = 0; k < RUN; ++k) copy[k] = m < g.m1 && k < some ? from[k * x.col_stride] : uint16_t{0};
+        from = copy;
+      }
+      low[r] = _mm512_loadu_si512(from), high[r] = _mm512_loadu_si512(from + 2 * VL);
+      if (in_order) continue;
+      const __m512i both = _mm512_permutex2var_epi16(low[r], first, high[r]);
+      high[r] = _mm512_permutex2var_epi16(low[r], second, high[r]), low[r] = both;
+    }
+    if (!g.turned) turn_tile(low), turn_tile(high);
+    uint32_t* to = g.x + ((k0 / CHUNK * blocks + block) * STEPS + k0 % CHUNK / TILE_DEPTH) * TILE_WORDS;
+    for (int64_t r = 0; r < TILE_ROWS; ++r) _mm512_store_si512(to + r * VL, low[r]), _mm512_store_si512(to + TILE_WORDS + r * VL, high[r]);
+  }
+}
+
+// Sums of LEFT x RIGHT tiles += `steps` products, whose tiles lie behind each other in their blocks.
+template <int LEFT, int RIGHT>
+LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, bool add, float* sums, int64_t sums_block, const char*& next, int64_t lines) {
+  if (add) {
+    load_tile<0>(sums);
+    if (RIGHT > 1) load_tile<1>(sums + TILE_FLOATS);
+    if (LEFT > 1) load_tile<2>(sums + sums_block);
+    if (LEFT > 1 && RIGHT > 1) load_tile<3>(sums + sums_block + TILE_FLOATS);
+  } else {
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  }
+  for (int64_t s = 0; s < steps; ++s, a += TILE_WORDS, b += TILE_WORDS) {
+    load_tile<4>(a), load_tile<6>(b);
+    dot<0, 4, 6>();
+    if (RIGHT > 1) load_tile<7>(b + CHUNK_WORDS), dot<1, 4, 7>();
+    if (LEFT > 1) load_tile<5>(a + CHUNK_WORDS), dot<2, 5, 6>();
+    if (LEFT > 1 && RIGHT > 1) dot<3, 5, 7>();
+    for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+  store_tile<0>(sums);
+  if (RIGHT > 1) store_tile<1>(sums + TILE_FLOATS);
+  if (LEFT > 1) store_tile<2>(sums + sums_block);
+  if (LEFT > 1 && RIGHT > 1) store_tile<3>(sums + sums_block + TILE_FLOATS);
+}
+
+// All of a's blocks with all of b's: sums[block of a][block of b]. next: what is wanted in the second cache then, `lines` of it for each product.
+static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int64_t b_blocks, int64_t steps, bool add, float* sums, int64_t sums_block, const char*& next, int64_t lines) {
+  for (int64_t j = 0; j < b_blocks; j += 2)
+    for (int64_t i = 0; i < a_blocks; i += 2) {
+      const auto meet = i + 1 < a_blocks ? (j + 1 < b_blocks ? meet_tiles<2, 2> : meet_tiles<2, 1>) : (j + 1 < b_blocks ? meet_tiles<1, 2> : meet_tiles<1, 1>);
+      meet(a + i * CHUNK_WORDS, b + j * CHUNK_WORDS, steps, add, sums + i * sums_block + j * TILE_FLOATS, sums_block, next, lines);
+    }
+}
+
+// Tiles [block of rows of W][step] of rows n0 ... n0 + columns, zeros behind the last: k0 ... k0 + depth of each, and zeros up to a RUN.
+static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t columns, int64_t k0, int64_t depth, uint32_t* panel) {
+  const __m512i shifts[2] = {_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1), _mm512_inserti64x4(_mm512_set1_epi16(8), _mm256_set1_epi16(12), 1)};
+  for (int64_t n = 0; n < round_up(columns, TILE_ROWS); ++n) {
+    uint32_t* to = panel + n / TILE_ROWS * CHUNK_WORDS + n % TILE_ROWS * VL;
+    if (n >= columns) {
+      for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += TILE_WORDS) _mm512_store_si512(to, _mm512_setzero_si512());
+      continue;
+    }
+    const int64_t first = (n0 + n) * w.K + k0;
+    const uint8_t* packed = w.packed + first / 2;
+    if (!coded(w)) {
+      alignas(64) uint16_t line[CHUNK];
+      decode_run_bf16(w, decoder, first, depth, line);
+      memset(line + depth, 0, (round_up(depth, RUN) - depth) * sizeof *line);
+      for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += TILE_WORDS) _mm512_store_si512(to, _mm512_load_si512(line + k));
+      if (round_up(depth, RUN) != round_up(depth, TILE_DEPTH)) _mm512_store_si512(to, _mm512_setzero_si512());
+      continue;
+    }
+    for (int64_t k = 0; k < depth; k += RUN, packed += RUN / 2, to += 2 * TILE_WORDS) {
+      if (k % (2 * RUN) == 0 && n0 + n + TILE_ROWS < w.N) __builtin_prefetch(packed + TILE_ROWS * w.K / 2, 0, 2);
+      const float scale = scale_of(w, (first + k) >> w.block_shift);
+      const __m512i values = values_of(decoder.codes, scale, scale), words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts[0]), values));
+      _mm512_store_si512(to + TILE_WORDS, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts[1]), values));
+    }
+  }
+}
+
+// Tiles [block of columns][step], pairs of W's rows n0 ... n0 + depth, zeros behind the last: columns k0 ... k0 + columns. A RUN of columns makes
+// four blocks: of looked-up codes block j has columns 4 w + (j ^ 1), else zip's order holds for two and two.
+static void decode_pairs(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, uint32_t* panel) {
+  const __m512i odd = _mm512_set1_epi32(0x100000), code = _mm512_set1_epi16(15);
+  for (int64_t n = 0; n < round_up(depth, RUN); n += 2) {
+    uint32_t* to = panel + n / TILE_DEPTH * TILE_WORDS + n % TILE_DEPTH / 2 * VL;
+    const bool both = n + 1 < depth;
+    if (n >= depth) {
+      for (int64_t c = 0; c < round_up(columns, RUN); c += VL, to += CHUNK_WORDS) _mm512_store_si512(to, _mm512_setzero_si512());
+      continue;
+    }
+    const int64_t first = (n0 + n) * w.K + k0, second = both ? first + w.K : first;
+    prefetch_codes(w, n0 + n, k0), prefetch_codes(w, n0 + n + 1, k0);
+    prefetch_codes(w, n0 + n, k0 + WIDE), prefetch_codes(w, n0 + n + 1, k0 + WIDE);
+    if (!coded(w)) {
+      alignas(64) uint16_t line[2][UNIT] = {};
+      decode_run_bf16(w, decoder, first, columns, line[0]);
+      if (both) decode_run_bf16(w, decoder, second, columns, line[1]);
+      for (int64_t c = 0; c < round_up(columns, RUN); c += 2 * VL, to += 2 * CHUNK_WORDS) {
+        const Two zipped = zip(line[0] + c, line[1] + c, ~0u);
+        store(reinterpret_cast<float*>(to), zipped.low), store(reinterpret_cast<float*>(to + CHUNK_WORDS), zipped.high);
+      }
+      continue;
+    }
+    for (int64_t c = 0; c < columns; c += RUN, to += 4 * CHUNK_WORDS) {
+      const auto words_of = [&](int64_t at) __attribute__((always_inline)) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + (at + c) / 2))); };
+      const __m512i words = _mm512_or_si512(words_of(first), _mm512_slli_epi32(words_of(second), 16));
+      const __m512i values = values_of(decoder.codes, scale_of(w, (first + c) >> w.block_shift), both ? scale_of(w, (second + c) >> w.block_shift) : 0.0f);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(words, 4 * j), code), odd);
+        _mm512_store_si512(to + j * CHUNK_WORDS, _mm512_permutexvar_epi16(index, values));
+      }
+    }
+  }
+}
+
+// A row's RUN of sums in the order of its columns, from the four blocks of decode_pairs
+LK_INLINE void in_columns(const float* from, bool codes, float* to) {
+  Vec v[4];
+  for (int j = 0; j < 4; ++j) v[j] = load(from + j * TILE_FLOATS);
+  if (!codes) {
+    for (int j = 0; j < 4; j += 2) {
+      const Two two = in_order(v[j], v[j + 1]);
+      store(to + j * VL, two.low), store(to + (j + 1) * VL, two.high);
+    }
+    return;
+  }
+  const Vec a = _mm512_unpacklo_ps(v[1], v[0]), b = _mm512_unpackhi_ps(v[1], v[0]), c = _mm512_unpacklo_ps(v[3], v[2]), d = _mm512_unpackhi_ps(v[3], v[2]);
+  const auto pairs = [](Vec p, Vec q, bool high) __attribute__((always_inline)) {
+    const __m512i x = _mm512_castps_si512(p), y = _mm512_castps_si512(q);
+    return high ? _mm512_unpackhi_epi64(x, y) : _mm512_unpacklo_epi64(x, y);
+  };
+  __m512i quad[4] = {pairs(a, c, false), pairs(a, c, true), pairs(b, d, false), pairs(b, d, true)};  // 128 bits i of quad[q]: columns 16 i + 4 q ...
+  const __m512i e = _mm512_shuffle_i32x4(quad[0], quad[1], 0x44), f = _mm512_shuffle_i32x4(quad[2], quad[3], 0x44), g = _mm512_shuffle_i32x4(quad[0], quad[1], 0xee), h = _mm512_shuffle_i32x4(quad[2], quad[3], 0xee);
+  const __m512i out[4] = {_mm512_shuffle_i32x4(e, f, 0x88), _mm512_shuffle_i32x4(e, f, 0xdd), _mm512_shuffle_i32x4(g, h, 0x88), _mm512_shuffle_i32x4(g, h, 0xdd)};
+  for (int i = 0; i < 4; ++i) store(to + i * VL, _mm512_castsi512_ps(out[i]));
+}
+
+static void tile_tasks(int64_t begin, int64_t end, void* context) {
+  const Call& g = *static_cast<const Call*>(context);
+  const NF4Linear& p = *g.p;
+  const int64_t depth = g.turned ? p.w.N : p.w.K, blocks = g.rows / TILE_ROWS;
+  const Decoder decoder;
+  Scratch scratch(WORKER, UNIT * CHUNK / 2 + g.rows * g.wide + g.wide * TILE_ROWS + 64);
+  uint32_t* panel = reinterpret_cast<uint32_t*>(scratch.next(UNIT * CHUNK / 2));
+  float *sums = scratch.next(g.rows * g.wide), *out = scratch.next(g.wide * TILE_ROWS);
+  const Tiles tiles;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t c0 = t * g.wide, columns = smaller(g.wide, g.columns - c0), wide = round_up(columns, g.turned ? RUN : TILE_ROWS) / TILE_ROWS;
+    for (int64_t d0 = 0; d0 < depth; d0 += CHUNK) {
+      const int64_t some = smaller(CHUNK, depth - d0), steps = round_up(some, RUN) / TILE_DEPTH;
+      const uint32_t* x = g.x + d0 / CHUNK * blocks * CHUNK_WORDS;
+      const char* next = reinterpret_cast<const char*>(d0 + CHUNK < depth ? x + blocks * CHUNK_WORDS : g.x);
+      const int64_t lines = ceil_div(64, wide);
+      for (int64_t c = 0; c < columns; c += UNIT) {
+        const int64_t unit = smaller(UNIT, columns - c), unit_blocks = ceil_div(unit, TILE_ROWS);
+        if (g.turned) {
+          decode_pairs(p.w, decoder, d0, some, c0 + c, unit, panel);
+          meet_all(x, blocks, panel, UNIT / TILE_ROWS, steps, d0 > 0, sums + c * TILE_ROWS, wide * TILE_FLOATS, next, lines);
+        } else {
+          decode_rows(p.w, decoder, c0 + c, unit, d0, some, panel);
+          meet_all(panel, unit_blocks, x, blocks, steps, d0 > 0, sums + c / TILE_ROWS * blocks * TILE_FLOATS, blocks * TILE_FLOATS, next, lines);
+        }
+      }
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t m0 = g.m0 + block * TILE_ROWS, rows = smaller(TILE_ROWS, g.m1 - m0);
+      if (!g.turned)
+        for (int64_t c = 0; c < wide; ++c) {
+          __m512i tile[TILE_ROWS];
+          for (int64_t r = 0; r < TILE_ROWS; ++r) tile[r] = _mm512_load_si512(sums + (c * blocks + block) * TILE_FLOATS + r * VL);
+          turn_tile(tile);
+          for (int64_t r = 0; r < TILE_ROWS; ++r) _mm512_store_si512(out + r * g.wide + c * VL, tile[r]);
+        }
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; g.turned && c < wide; c += 4) in_columns(sums + (block * wide + c) * TILE_FLOATS + r * VL, coded(p.w), out + r * g.wide + c * VL);
+        store_sums(p, m0 + r, c0, columns, out + r * g.wide);
+      }
+    }
+  }
+}
+
+static void product_in_tiles(Call g) {
+  const NF4Weight& w = g.p->w;
+  const int64_t M = g.p->lowrank.M, runs = ceil_div(g.turned ? w.N : w.K, RUN);
+  g.wide = g.columns >= 16 * COLUMNS_MOST ? COLUMNS_MOST : COLUMNS_LEAST;  // of narrow layers more tasks, for threads to share evenly
+  const int64_t at_once = smaller(ROWS_AT_ONCE, larger(LAID_OUT / (2 * RUN * runs) / TILE_ROWS * TILE_ROWS, 8 * TILE_ROWS));
+  for (g.m0 = 0; g.m0 < M; g.m0 += at_once) {
+    g.m1 = smaller(M, g.m0 + at_once), g.rows = round_up(g.m1 - g.m0, TILE_ROWS);
+    Scratch scratch(CALLER, ceil_div(runs * RUN, CHUNK) * CHUNK / 2 * g.rows);
+    g.x = reinterpret_cast<uint32_t*>(scratch.at);
+    parallel_for(runs * (g.rows / TILE_ROWS), runs * RUN * g.rows, lay_out_tiles, &g);
+    parallel_for(ceil_div(g.columns, g.wide), g.rows * w.N * w.K, tile_tasks, &g);
+  }
+}
+
+}  // namespace
+}  // namespace lk::cpu
+#endif
