@@ -22,6 +22,9 @@ struct Dropout {
   float scale;          // 1 / (1 - threshold / 65536)
 };
 
+// Of these three `among`, where it is not 0, stands for M where M chooses among forms (CPU kernels): in a call of many adapters, where a row's
+// bits must not depend on how many rows have its adapter.
+
 // u (M,R) = drop(x) A^T for several A that share x, side by side: part i has R_i columns of u and a mask of its own, from
 // seed[i]. Sums in float32.
 constexpr int MAX_PARTS = 8;
@@ -38,6 +41,7 @@ struct LowrankDown {
   Part part[MAX_PARTS];
   Dropout dropout;
   int64_t next = 0;  // elements behind these A's lie those of the next call, which may be brought in; 0 where none do
+  int64_t among = 0;
 };
 
 // du (M,R) = scaling * dy B     dB (N,R) = scaling * dy^T u     dA (R,K) = du^T drop(x)
@@ -54,6 +58,7 @@ struct LowrankGrad {
   float scaling;
   Dropout dropout;
   float* workspace;  // CUDA: partial sums
+  int64_t among = 0;
 };
 
 // y (M,N) += scaling * (drop'(u (M,R) v (N,R)^T) + bias (N)), in place, sums in float32, one rounding at the store.
@@ -65,6 +70,7 @@ struct AddLowrank {
   Matrix bias;  // data may be null; row_stride is unused
   float scaling;
   Dropout dropout;
+  int64_t among = 0;
 };
 
 // Adapter ids, 32 or 64 bits wide -> order (M) and starts (E + 1), as below
@@ -79,7 +85,7 @@ struct Route {
 // apart, or, with pages, rank rows that stand anywhere: rank r of adapter e is row pages[e * pages_stride + r] of A, and the
 // like column of B. Adapter e uses its first ranks[e] ranks.
 struct Segments {
-  int64_t E, R;
+  int64_t M, E, R;
   const int64_t *order, *starts, *ranks;  // ranks may be null: R each
   const int64_t* pages;                   // may be null
   int64_t pages_stride;
@@ -99,7 +105,7 @@ struct MultiDown {  // with pages, A's rows hold `parts` rows each, A.first.row_
 };
 struct MultiAdd {  // rows whose id is none become NaN
   Segments segments;
-  int64_t M, N;
+  int64_t N;
   Matrix y, u;
   Stack B;
 };

@@ -27,7 +27,7 @@ def test_native_kernels(isa):
     if not native_cpu().isas().get(isa):
         if emulated_cpu.why_not():
             pytest.skip(f"{isa} is not on this processor, and has no emulation: {emulated_cpu.why_not()}")
-        plugin = "import emulated_cpu;"
+        plugin = "import emulated_cpu; emulated_cpu.install();"
     done = run("cpu", plugin=plugin, LORAKERNELS_BACKEND="cpu", LORAKERNELS_CPU_ISA=isa)
     assert done.returncode == 0 and "nothing behind an end" in done.stdout, (done.returncode, done.stderr[-2000:])
 

@@ -230,6 +230,19 @@ def test_a_rows_bits_are_its_own(backend, device, base, adapter):
 
 
 @mixes
+def test_a_rows_bits_are_its_own_however_many_rows_its_adapter_has(backend, device, base, adapter):
+    few = torch.zeros(64, dtype=torch.int64)
+    few[5:50:20] = 1
+    case = Case(64, 72, 40, 2, [16, 20], few, base, adapter, device, p=[0.0, 0.2])
+    rows, alone, beside = few == 1, case.run(ids=torch.where(case.ids == 1, 1, -1)), case.run()
+    assert torch.equal(alone["dA"][1], beside["dA"][1]) and torch.equal(alone["dB"][1], beside["dB"][1])
+    if backend == "cpu":  # where torch multiplies the rows of each adapter, its sums' order is torch's
+        many = case.run(ids=torch.ones_like(case.ids))
+        for name in ("y", "dx"):
+            assert torch.equal(many[name][rows], beside[name][rows]) and torch.equal(alone[name][rows], beside[name][rows])
+
+
+@mixes
 def test_the_order_of_rows_moves_no_bit(backend, device, base, adapter):
     M, order = 41, torch.randperm(41, generator=torch.Generator().manual_seed(5))
     case = Case(M, 72, 40, 4, [16, 3, 8, 20], DISTRIBUTIONS["random"](M, 4), base, adapter, device, bias=False)

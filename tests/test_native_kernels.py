@@ -3,6 +3,7 @@
 import mmap
 import tempfile
 
+import oracle
 import pytest
 import torch
 from numerics import check
@@ -25,6 +26,11 @@ needs_native_cpu = pytest.mark.skipif(
 )
 
 
+def tile_rows():
+    """Calls of as many rows, and those of fewer, have bits of their own: the rows of a tile on AMX."""
+    return 16 if backends.load("cpu").module().isa() == "amx" else 1
+
+
 @needs_native_cpu
 @pytest.mark.parametrize("adapter", [F32, BF16], ids=["float32", "bfloat16"])
 def test_native_kernels_bits_do_not_depend_on_threads_or_on_a_rows_place(adapter):
@@ -38,31 +44,82 @@ def test_native_kernels_bits_do_not_depend_on_threads_or_on_a_rows_place(adapter
             results.append(torch.cat([t.flatten() for t in (ops.lowrank_down(y, [v.t()], seed, 0.1), *ops.lowrank_grad(y, y, u, v, seed, 0.1, 0.7, adapter))]))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    rows = tile_rows()
     whole = ops.lowrank_down(y, [v.t()], None, 0.0)
-    assert torch.equal(ops.lowrank_down(y[77:78], [v.t()], None, 0.0), whole[77:78])
     plain = y.clone()
     native_add(plain, u, v, 0.7, None, None, 0.0)
-    for m in (0, 3, 127, 128, 299):
-        row = y[m : m + 1].clone()
-        native_add(row, u[m : m + 1], v, 0.7, None, None, 0.0)
-        assert torch.equal(row, plain[m : m + 1])
+    for m in (0, 3, 77, 127, 128, 300 - rows):
+        assert torch.equal(ops.lowrank_down(y[m : m + rows], [v.t()], None, 0.0), whole[m : m + rows])
+        row = y[m : m + rows].clone()
+        native_add(row, u[m : m + rows], v, 0.7, None, None, 0.0)
+        assert torch.equal(row, plain[m : m + rows])
 
 
 @needs_native_cpu
 @pytest.mark.parametrize("p", (0.0, 0.3))
 @pytest.mark.parametrize("R", (3, 8, 16, 24))
 def test_native_kernels_bits_of_few_rows_are_those_of_many(R, p):
-    x, y, u, v = torch.randn(8, 1000).bfloat16(), torch.randn(136, 1500).bfloat16(), torch.randn(136, R), torch.randn(1500, R)
+    rows, most = (136, 130) if tile_rows() == 1 else (15, 14)
+    x, y, u, v = torch.randn(8, 1000).bfloat16(), torch.randn(rows, 1500).bfloat16(), torch.randn(rows, R), torch.randn(1500, R)
     A, bias, seed = [torch.randn(R, 1000), torch.randn(R + 9, 1016)[:, 16:]], torch.randn(1500), torch.tensor([9])
     with lk.use_backend("cpu"):
         many = ops.lowrank_down(x, A, seed, p)
         whole = y.clone()
         native_add(whole, u, v, 0.7, bias, seed, p)
-        for m in (1, 2, 3, 4, 130):  # the last two of 130 rows are a task of their own
+        for m in (1, 2, 3, 4, most):  # the last two of 130 rows are a task of their own
             assert torch.equal(ops.lowrank_down(x[:m], A, seed, p), many[:m])
             few = y[:m].clone()
             native_add(few, u[:m], v, 0.7, bias, seed, p)
             assert torch.equal(few, whole[:m])
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("size", [8, 40])
+@pytest.mark.parametrize("R", [1, 16, 20])
+@pytest.mark.parametrize("base", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
+def test_products_keep_every_bit_of_a_float32_adapter(base, R, size):
+    one, A, B = torch.eye(size).to(base), torch.randn(R, size), torch.randn(size, R)
+    with lk.use_backend("cpu"):
+        u = ops.lowrank_down(one, [A], None, 0.0)
+        du, dA, dB = ops.lowrank_grad(one, one, u, B, None, 0.0, 1.0, F32)
+    assert torch.equal(u, A.t()) and torch.equal(du, B) and torch.equal(dA, B.t()) and torch.equal(dB, A.t())
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=["float32", "bf16+float32", "bf16"])
+@pytest.mark.parametrize("M", [30, 64])
+def test_a_rows_bits_do_not_depend_on_how_many_have_its_adapter(base, adapter, M):
+    cpu = backends.load("cpu")
+    x, dy, A, B = torch.randn(M, 600).to(base), torch.randn(M, 500).to(base), torch.randn(2, 16, 600).to(adapter), torch.randn(2, 500, 16).to(adapter)
+    few = torch.zeros(M, dtype=torch.int64)
+    few[5:30:10] = 1
+    results = []
+    for ids in (few, torch.ones_like(few)):
+        order, starts = cpu.multi_route(ids, 2)
+        u = cpu.multi_lowrank_down(x, A, order, starts, None, None, None, None, None, 1)
+        du = cpu.multi_lowrank_grad(dy, x, u[0], B, torch.ones(2), order, starts, None, None, None, None, None, adapter)[0]
+        results.append([torch.empty_like(t).index_copy_(0, order, t)[few == 1] for t in (u[0], du)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=["float32", "bf16+float32", "bf16"])
+def test_more_rows_than_parts_of_du_are_kept_of_at_a_time(base, adapter):
+    with lk.use_backend("cpu"):
+        oracle.hold_thin(300, 40, 8192, 257, base, adapter)
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("M", [3, 40])
+@pytest.mark.parametrize("R", [1, 16, 20, 40])
+@pytest.mark.parametrize("base", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
+def test_what_a_float32_adapter_leaves_of_a_result_is_right(base, R, M):
+    u, v = torch.randn(M, R), torch.randn(70, R)
+    exact = u.double() @ v.double().t()
+    y = -exact.to(base)
+    out = y.clone()
+    native_add(out, u, v, 1.0, None, None, 0.0)
+    check(f"rest R={R}", out, y.double() + exact, (y.float() + u @ v.t()).to(base), base=base, K=R)
 
 
 @needs_native_cpu

@@ -83,13 +83,13 @@ inline Route route_params(Address ids, bool wide, int64_t M, int64_t stride, int
   return {pointer(ids), wide, M, stride, E, static_cast<int64_t*>(pointer(order)), static_cast<int64_t*>(pointer(starts))};
 }
 
-// E, R; addresses of order, starts, ranks, pages (0 for none), the last one's stride; addresses of seed, thresholds, scaling (0 for none)
-using Segmented = std::tuple<int64_t, int64_t, Address, Address, Address, Address, int64_t, Address, Address, Address>;
+// M, E, R; addresses of order, starts, ranks, pages (0 for none), the last one's stride; addresses of seed, thresholds, scaling (0 for none)
+using Segmented = std::tuple<int64_t, int64_t, int64_t, Address, Address, Address, Address, int64_t, Address, Address, Address>;
 
 inline Segments segments(const Segmented& s) {
   const auto integers = [](Address a) { return static_cast<const int64_t*>(pointer(a)); };
-  return {std::get<0>(s), std::get<1>(s), integers(std::get<2>(s)), integers(std::get<3>(s)), integers(std::get<4>(s)), integers(std::get<5>(s)), std::get<6>(s),
-          integers(std::get<7>(s)), static_cast<const int32_t*>(pointer(std::get<8>(s))), static_cast<const float*>(pointer(std::get<9>(s)))};
+  return {std::get<0>(s), std::get<1>(s), std::get<2>(s), integers(std::get<3>(s)), integers(std::get<4>(s)), integers(std::get<5>(s)), integers(std::get<6>(s)),
+          std::get<7>(s), integers(std::get<8>(s)), static_cast<const int32_t*>(pointer(std::get<9>(s))), static_cast<const float*>(pointer(std::get<10>(s)))};
 }
 
 // A tensor of one, and how far the next one is
@@ -102,8 +102,8 @@ inline MultiDown multi_down_params(Segmented s, int64_t K, int64_t parts, Tensor
   return {segments(s), K, parts, matrix(x), matrix(u), stack(A)};
 }
 
-inline MultiAdd multi_add_params(Segmented s, int64_t M, int64_t N, Tensor y, Tensor u, Stacked B) {
-  return {segments(s), M, N, matrix(y), matrix(u), stack(B)};
+inline MultiAdd multi_add_params(Segmented s, int64_t N, Tensor y, Tensor u, Stacked B) {
+  return {segments(s), N, matrix(y), matrix(u), stack(B)};
 }
 
 inline MultiGrad multi_grad_params(Segmented s, int64_t N, int64_t K, Tensor dy, Tensor x, Tensor u, Stacked B, Tensor du, Stacked dA, Stacked dB) {

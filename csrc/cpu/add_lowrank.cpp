@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "pairs.h"
 #include "parallel.h"
+#include "thin_tiles.h"
 
 namespace lk::cpu {
 namespace {
@@ -77,6 +78,95 @@ static void turned_tiles(const AddLowrank& p, View u, int64_t m, int64_t n0, int
     });
 }
 
+#ifdef LK_ISA_AMX
+
+template <int COUNT>
+struct Count {
+  static constexpr int rows = COUNT;
+};
+
+// On tiles TERMS is 1, or 2 where the adapter is float32: y is rounded to bfloat16, which the terms' second product does not reach.
+constexpr int64_t TILE_COLUMNS = 128, TILE_BLOCK = 256;  // of a task: its tiles, its sums and what it takes of y stay within the first cache
+constexpr int64_t SUMS_LD = TILE_COLUMNS + 16;           // an odd number of cache lines
+
+// Of few ranks u's terms lie beside each other in one tile, for each of v's, which lie there twice: two products instead of three.
+LK_INLINE bool beside(const AddLowrank& p) { return p.R <= TILE_DEPTH / 2; }
+static void put_beside(uint32_t* tiles, bool right) {
+  constexpr int64_t HALF = TILE_WORDS / 2;
+  for (int t = 0; right && t < 2; ++t) memcpy(tiles + t * TILE_WORDS + HALF, tiles + t * TILE_WORDS, HALF * sizeof *tiles);
+  for (int64_t i = 0; !right && i < TILE_ROWS; ++i) memcpy(tiles + i * VL + VL / 2, tiles + TILE_WORDS + i * VL, VL / 2 * sizeof *tiles);
+}
+
+template <int C, int TERMS, bool BESIDE>
+LK_INLINE void meet_column(const uint32_t* v) {
+  load_tile<6>(v);
+  if constexpr (TERMS == 2) {
+    load_tile<7>(v + TILE_WORDS), dot<C, 4, 7>();
+    if (!BESIDE) dot<C, 5, 6>();
+  }
+  dot<C, 4, 6>();
+}
+
+// sums[i][c] of TILE_ROWS rows and four tiles of columns, whose operands lie column_step words apart
+template <int TERMS, bool BESIDE>
+static void sum_columns(const uint32_t* u, const uint32_t* v, int64_t column_step, int64_t steps, float* sums) {
+  zero_tiles<4>();
+  for (int64_t s = 0; s < steps; ++s, u += TERMS * TILE_WORDS, v += TERMS * TILE_WORDS) {
+    load_tile<4>(u);
+    if (TERMS == 2 && !BESIDE) load_tile<5>(u + TILE_WORDS);
+    meet_column<0, TERMS, BESIDE>(v), meet_column<1, TERMS, BESIDE>(v + column_step), meet_column<2, TERMS, BESIDE>(v + 2 * column_step), meet_column<3, TERMS, BESIDE>(v + 3 * column_step);
+  }
+  constexpr int64_t LD = SUMS_LD * sizeof(float);
+  store_tile<0>(sums, LD), store_tile<1>(sums + TILE_ROWS, LD), store_tile<2>(sums + 2 * TILE_ROWS, LD), store_tile<3>(sums + 3 * TILE_ROWS, LD);
+}
+
+template <bool dropout, int TERMS>
+static void tile_tasks(int64_t begin, int64_t end, void* context) {
+  const AddLowrank& p = *static_cast<const AddLowrank*>(context);
+  constexpr int64_t SOME = 4 * TILE_ROWS;  // columns that are summed at a time
+  constexpr int TILED_ROWS = 4, TILED_VECS = 4;
+  const bool narrow = TERMS == 2 && beside(p);
+  const int64_t column_blocks = ceil_div(p.N, TILE_COLUMNS), step = rank_words(TERMS, p.R), steps = ceil_div(p.R, TILE_DEPTH);
+  Scratch scratch(WORKER, (TILE_COLUMNS / TILE_ROWS + 1) * step + TILE_ROWS * SUMS_LD + TILE_COLUMNS + 64);
+  uint32_t *panel = reinterpret_cast<uint32_t*>(scratch.next(TILE_COLUMNS / TILE_ROWS * step)), *rows_of_u = reinterpret_cast<uint32_t*>(scratch.next(step));
+  float *sums = scratch.next(TILE_ROWS * SUMS_LD), *bias = p.bias.data ? scratch.next(TILE_COLUMNS) : nullptr;
+  int16_t keep[TILED_ROWS * KEEP_LD];
+  const Tiles tiles;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t m0 = t / column_blocks * TILE_BLOCK, m1 = smaller(m0 + TILE_BLOCK, p.M), n0 = t % column_blocks * TILE_COLUMNS, valid = smaller(TILE_COLUMNS, p.N - n0);
+    pack_panel<TERMS>(turned(p.v), 0, p.R, n0, round_up(valid, SOME), valid, true, panel, step);
+    for (int64_t c = 0; narrow && c < round_up(valid, SOME); c += TILE_ROWS) put_beside(panel + c / TILE_ROWS * step, true);
+    for (int64_t c = 0; bias && c < TILE_COLUMNS; ++c) bias[c] = c < valid ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
+    for (int64_t m = m0; m < m1; m += TILE_ROWS) {
+      const int64_t rows = smaller(TILE_ROWS, m1 - m);
+      pack_panel<TERMS>(turned(p.u), 0, p.R, m, TILE_ROWS, rows, false, rows_of_u, step);
+      if (narrow) put_beside(rows_of_u, false);
+      for (int64_t c = 0; c < valid; c += SOME) (narrow ? sum_columns<TERMS, true> : sum_columns<TERMS, false>)(rows_of_u, panel + c / TILE_ROWS * step, step, steps, sums + c);
+      const auto rows_from = [&](auto count, int64_t i) __attribute__((always_inline)) {
+        constexpr int ROWS_AT_ONCE = decltype(count)::rows;
+        for (int r = 0; dropout && r < ROWS_AT_ONCE; ++r)
+          keep_row(static_cast<uint64_t>(*p.dropout.seed), p.dropout.threshold, place(p.y, m + i + r), n0, valid, keep + r * KEEP_LD);
+        for (int64_t c = 0; c < valid; c += SOME)
+          tile<DType::bf16, ROWS_AT_ONCE, TILED_VECS, dropout>(p, m + i, n0, c, valid, bias, keep, m + i + 2 * ROWS_AT_ONCE <= m1, [&](Vec(&sum)[ROWS_AT_ONCE][TILED_VECS]) {
+            for (int r = 0; r < ROWS_AT_ONCE; ++r)
+              for (int j = 0; j < TILED_VECS; ++j) sum[r][j] = load(sums + (i + r) * SUMS_LD + c + j * VL);
+          });
+      };
+      int64_t i = 0;
+      for (; i + TILED_ROWS <= rows; i += TILED_ROWS) rows_from(Count<TILED_ROWS>(), i);
+      for (; i < rows; ++i) rows_from(Count<1>(), i);
+    }
+  }
+}
+
+template <int TERMS>
+static void on_tiles(const AddLowrank& p) {
+  const int64_t count = ceil_div(p.M, TILE_BLOCK) * ceil_div(p.N, TILE_COLUMNS);
+  parallel_for(count, p.M * p.N * (p.R + 4), p.dropout.threshold ? tile_tasks<true, TERMS> : tile_tasks<false, TERMS>, const_cast<AddLowrank*>(&p));
+}
+
+#endif
+
 static int64_t pairs_ld(const AddLowrank& p) { return round_up(p.R, PAD) / 2; }
 static int64_t lines_of(const AddLowrank& p, int64_t cols) { return larger(TURN * p.R, cols); }
 
@@ -146,6 +236,9 @@ namespace LK_ISA_NAME {
 
 void add_lowrank(const AddLowrank& p) {
   if (p.M == 0 || p.N == 0) return;
+#ifdef LK_ISA_AMX
+  if (tiled(p, p.y, p.v.dtype)) return whole_terms(p.v.dtype) ? on_tiles<2>(p) : on_tiles<1>(p);
+#endif
   const int64_t fits = larger(48, PANEL_FLOATS / larger(p.R, 1) / 48 * 48);
   const bool pairs = paired(p.y, p.v);
   const int64_t block_cols = smaller(smaller(fits, p.M <= 4 * ROWS ? COLUMNS_FEW : COLUMNS_MAX), round_up(p.N, 48));

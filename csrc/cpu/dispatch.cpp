@@ -4,7 +4,10 @@
 #include <string>
 
 #include "kernels.h"
-#if defined(LK_X86) && !defined(LK_NO_AMX) && !defined(LK_AVX512_EMULATION)
+#if !defined(LK_X86) && !defined(LK_NO_AMX)
+#define LK_NO_AMX
+#endif
+#ifndef LK_NO_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,15 +31,19 @@ const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx5
 const Kernels every[] = {LK_KERNELS(portable)};
 #endif
 
-#if defined(LK_X86) && !defined(LK_NO_AMX) && !defined(LK_AVX512_EMULATION)
+#ifndef LK_NO_AMX
 // A process asks Linux for the tiles' state, once; older kernels, and some sandboxes, do not give it.
 bool may_use_tiles() {
+#ifdef LK_TILE_EMULATION  // for tests
+  return true;
+#else
   unsigned a, b, c, d;
   constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool given = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
   return given;
+#endif
 }
 #endif
 

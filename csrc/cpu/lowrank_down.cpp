@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "pairs.h"
 #include "parallel.h"
+#include "thin_tiles.h"
 
 namespace lk::cpu {
 namespace {
@@ -58,6 +59,17 @@ static void meet_turned(const View& x, const LowrankDown::Part& part, int64_t k0
   }
 }
 
+static void store_u(const Down& d, int64_t m0, int64_t rows, const float* sums) {
+  const LowrankDown& p = *d.p;
+  for (int64_t m = 0; m < rows; ++m) {
+    int64_t from = 0;
+    for (int i = 0; i < p.parts; ++i) {
+      store_row<DType::f32>(p.u, m0 + m, p.part[i].column, p.part[i].R, sums + m * d.width + from, p.dropout.threshold ? p.dropout.scale : 1.0f);
+      from += round_up(p.part[i].R, VL);
+    }
+  }
+}
+
 template <bool PAIRS>
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
@@ -96,15 +108,64 @@ static void tasks(int64_t begin, int64_t end, void* context) {
         }
       }
     }
-    for (int64_t m = 0; m < rows; ++m) {
-      int64_t from = 0;
-      for (int i = 0; i < p.parts; ++i) {
-        store_row<DType::f32>(p.u, m0 + m, p.part[i].column, p.part[i].R, sums + m * d.width + from, dropout ? p.dropout.scale : 1.0f);
-        from += round_up(p.part[i].R, VL);
-      }
+    store_u(d, m0, rows, sums);
+  }
+}
+
+#ifdef LK_ISA_AMX
+
+// The same on tiles: d.panel has each part's tiles behind those of the last.
+template <int TERMS>
+static void pack_tile_block(int64_t begin, int64_t end, void* context) {
+  const Down& d = *static_cast<const Down*>(context);
+  const int64_t rank_step = rank_words(TERMS, d.p->K);
+  for (int64_t t = begin; t < end; ++t) {
+    uint32_t* panel = reinterpret_cast<uint32_t*>(d.panel) + rank_words(TERMS, t * BLOCK);
+    for (int i = 0; i < d.p->parts; ++i) {
+      const LowrankDown::Part& part = d.p->part[i];
+      pack_panel<TERMS>(turned(part.A), t * BLOCK, smaller(BLOCK, d.p->K - t * BLOCK), 0, part.R, part.R, true, panel, rank_step);
+      panel += ceil_div(part.R, TILE_ROWS) * rank_step;
     }
   }
 }
+
+template <int TERMS>
+static void tile_tasks(int64_t begin, int64_t end, void* context) {
+  const Down& d = *static_cast<const Down*>(context);
+  const LowrankDown& p = *d.p;
+  const bool dropout = p.dropout.threshold;
+  const int64_t rank_step = rank_words(TERMS, p.K);
+  Scratch scratch(WORKER, ROWS * d.width + rows_floats(ROWS) + 32);
+  float* sums = scratch.next(ROWS * d.width);
+  uint16_t* block = reinterpret_cast<uint16_t*>(scratch.next(rows_floats(ROWS)));
+  const Tiles tiles;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t m0 = t * ROWS, rows = smaller(ROWS, p.M - m0);
+    for (int64_t k0 = 0; k0 < p.K; k0 += BLOCK) {
+      const int64_t columns = smaller(BLOCK, p.K - k0);
+      const uint32_t* panel = reinterpret_cast<const uint32_t*>(d.panel) + rank_words(TERMS, k0);
+      int64_t at = 0;
+      for (int i = 0; i < (dropout ? p.parts : 1); ++i) {
+        const Rows x = rows_of(p.x, m0, rows, k0, columns, {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold}, block);
+        const int64_t width = dropout ? round_up(p.part[i].R, VL) : d.width;
+        along_tiles<TERMS>({x, panel + at / TILE_ROWS * rank_step, rank_step, ceil_div(columns, TILE_DEPTH), sums + at, d.width, k0 > 0}, rows, width);
+        at += width;
+      }
+    }
+    store_u(d, m0, rows, sums);
+  }
+}
+
+template <int TERMS>
+static void on_tiles(Down& d) {
+  const LowrankDown& p = *d.p;
+  Scratch scratch(CALLER, d.width / TILE_ROWS * rank_words(TERMS, p.K));
+  d.panel = scratch.at;
+  parallel_for(ceil_div(p.K, BLOCK), p.K * d.width, pack_tile_block<TERMS>, &d);
+  parallel_for(ceil_div(p.M, ROWS), p.M * p.K * d.width, tile_tasks<TERMS>, &d);
+}
+
+#endif
 
 }  // namespace
 
@@ -119,6 +180,11 @@ void lowrank_down(const LowrankDown& p) {
     pairs = pairs && paired(p.x, p.part[i].A);
     d.turned = d.turned && turns(p.part[i].A, p.M, p.K);
   }
+#ifdef LK_ISA_AMX
+  bool tiles = true, whole = false;
+  for (int i = 0; i < p.parts; ++i) tiles = tiles && tiled(p, p.x, p.part[i].A.dtype), whole = whole || whole_terms(p.part[i].A.dtype);
+  if (tiles) return whole ? on_tiles<3>(d) : on_tiles<1>(d);
+#endif
   const Body run = pairs ? tasks<HAS_DOT> : tasks<false>;
   if (p.M <= ROWS) return run(0, 1, &d);
   Scratch scratch(CALLER, round_up(p.K, 4) * d.width);

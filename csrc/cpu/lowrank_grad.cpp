@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "pairs.h"
 #include "parallel.h"
+#include "thin_tiles.h"
 
 namespace lk::cpu {
 namespace {
@@ -17,6 +18,8 @@ constexpr int64_t ROWS_MAX = 128;
 constexpr int64_t STRIPES = 32;               // at most so many: they are the parallel work, and the parts of du
 constexpr int64_t PART_FLOATS = 2 << 20;      // all parts of du of a slab of rows: 8 MiB
 
+constexpr int64_t WHOLE = 32;                 // columns that a stripe has a multiple of, as tiles do
+
 struct Split {
   int64_t width, count;
 };
@@ -24,7 +27,7 @@ struct Split {
 // A multiple of four stripes of about BLOCK columns, so that 2 or 4 threads have equal shares.
 static Split split(int64_t columns) {
   const int64_t wanted = smaller(round_up(ceil_div(columns, BLOCK), 4), STRIPES);
-  const int64_t width = round_up(ceil_div(columns, wanted), 8);
+  const int64_t width = round_up(ceil_div(columns, wanted), WHOLE);
   return {width, ceil_div(columns, width)};
 }
 
@@ -33,6 +36,7 @@ struct Grad {
   Split stripes;
   int64_t width;        // the rank, rounded up to whole vectors
   bool pairs;
+  Body tiles;           // the task where they run on tiles
   float* parts;         // (stripes, slab, width) of du
   float* dB;            // of each block of columns: (columns, width), or turned where pairs
   int64_t dB_floats;    // of a block
@@ -40,6 +44,16 @@ struct Grad {
 };
 
 // -- du and dB ---------------------------------------------------------------------------------------------------------
+
+// Where sums are (R, columns) they are turned first.
+static void store_dB(const Grad& g, int64_t n0, int64_t columns, const float* sums, bool turned, float* panel, float* turn) {
+  const LowrankGrad& p = *g.p;
+  if (turned) {
+    pack_turned({const_cast<float*>(sums), BLOCK_LD, 1, DType::f32}, 0, p.R, 0, columns, g.width, g.width, panel, turn);
+    sums = panel;
+  }
+  for (int64_t i = 0; i < columns; ++i) store_row_any(p.dB, n0 + i, 0, p.R, sums + i * g.width, p.scaling);
+}
 
 template <bool PAIRS>
 static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, float* lines, float* turn) {
@@ -79,13 +93,7 @@ static void up_stripe(const Grad& g, int64_t t, float* panel, float* block, floa
         product({dy.at, 1, dy.ld, u.at, u.ld, rows, dB, g.width, m > 0}, columns, g.width / VL, ahead);
       }
     }
-    if (p.u.data && g.m1 == p.M) {
-      if (PAIRS) {
-        pack_turned({dB, BLOCK_LD, 1, DType::f32}, 0, p.R, 0, columns, g.width, g.width, panel, turn);
-        dB = panel;
-      }
-      for (int64_t i = 0; i < columns; ++i) store_row_any(p.dB, n0 + i, 0, p.R, dB + i * g.width, p.scaling);
-    }
+    if (p.u.data && g.m1 == p.M) store_dB(g, n0, columns, dB, PAIRS, panel, turn);
   }
 }
 
@@ -97,6 +105,37 @@ static void up_tasks(int64_t begin, int64_t end, void* context) {
   float *panel = scratch.next(BLOCK * g.width), *block = scratch.next(ROWS<PAIRS> * BLOCK_LD), *lines = scratch.next(ROWS<PAIRS> * g.width), *turn = scratch.next(turn_floats);
   for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);
 }
+
+#ifdef LK_ISA_AMX
+
+template <int TERMS>
+static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
+  const Grad& g = *static_cast<const Grad*>(context);
+  const LowrankGrad& p = *g.p;
+  const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width), most = larger(panel_words(TERMS, BLOCK, p.R), BLOCK * g.width);
+  Scratch scratch(WORKER, most + panel_words(TERMS, ROWS_MAX, p.R) + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + turn_floats + 80);
+  float *panel = scratch.next(most), *lines = scratch.next(panel_words(TERMS, ROWS_MAX, p.R)), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX)), *turn = scratch.next(turn_floats);
+  const auto words = [](float* at) { return reinterpret_cast<uint32_t*>(at); };
+  const Tiles tiles;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t * g.stripes.width, last = smaller(first + g.stripes.width, p.N);
+    for (int64_t n0 = first; n0 < last; n0 += BLOCK) {
+      const int64_t columns = smaller(BLOCK, last - n0), rank_step = rank_words(TERMS, columns);
+      float* dB = g.dB + (t * ceil_div(g.stripes.width, BLOCK) + (n0 - first) / BLOCK) * g.dB_floats;
+      if (p.B.data) pack_panel<TERMS>(p.B, n0, columns, 0, p.R, p.R, true, words(panel), rank_step);
+      for (int64_t m = g.m0; m < g.m1; m += ROWS_MAX) {
+        const int64_t rows = smaller(ROWS_MAX, g.m1 - m);
+        const Rows dy = rows_of(p.dy, m, rows, n0, columns, {}, reinterpret_cast<uint16_t*>(block));
+        if (p.B.data) along_tiles<TERMS>({dy, words(panel), rank_step, ceil_div(columns, TILE_DEPTH), g.parts + (t * g.slab + m - g.m0) * g.width, g.width, n0 > first}, rows, g.width);
+        if (!p.u.data) continue;
+        pack_panel<TERMS>(p.u, m, rows, 0, p.R, p.R, false, words(lines), rank_words(TERMS, rows));
+        across_tiles<TERMS>({words(lines), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
+      }
+      if (p.u.data && g.m1 == p.M) store_dB(g, n0, columns, dB, true, panel, turn);
+    }
+  }
+}
+#endif
 
 constexpr int64_t SUM_ROWS = 64;
 
@@ -114,7 +153,11 @@ static void sum_parts(int64_t begin, int64_t end, void* context) {
 }
 
 static void up(const LowrankGrad& p) {
-  Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, p.B.data ? p.B : p.dB), nullptr, nullptr, 0, 0, 0, 0};
+  const Matrix& adapter = p.B.data ? p.B : p.dB;
+  Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, adapter), nullptr, nullptr, nullptr, 0, 0, 0, 0};
+#ifdef LK_ISA_AMX
+  if (tiled(p, p.dy, adapter.dtype)) g.tiles = whole_terms(adapter.dtype) ? tile_up_tasks<3> : tile_up_tasks<1>;
+#endif
   g.dB_floats = BLOCK_LD * g.width;
   g.slab = smaller(p.M, larger(ROWS_MAX, PART_FLOATS / (g.stripes.count * g.width) / ROWS_MAX * ROWS_MAX));
   const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? g.stripes.count * ceil_div(g.stripes.width, BLOCK) * g.dB_floats : 0;
@@ -122,7 +165,7 @@ static void up(const LowrankGrad& p) {
   g.parts = scratch.next(parts), g.dB = scratch.next(dB);
   for (g.m0 = 0; g.m0 < p.M; g.m0 = g.m1) {
     g.m1 = smaller(g.m0 + g.slab, p.M);
-    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, g.pairs ? up_tasks<HAS_DOT> : up_tasks<false>, &g);
+    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, g.tiles ? g.tiles : g.pairs ? up_tasks<HAS_DOT> : up_tasks<false>, &g);
     if (p.B.data) parallel_for(ceil_div(g.m1 - g.m0, SUM_ROWS), (g.m1 - g.m0) * g.stripes.count * g.width, sum_parts, &g);
   }
 }
@@ -160,9 +203,38 @@ static void down_tasks(int64_t begin, int64_t end, void* context) {
   }
 }
 
+#ifdef LK_ISA_AMX
+template <int TERMS>
+static void tile_down_tasks(int64_t begin, int64_t end, void* context) {
+  const Grad& g = *static_cast<const Grad*>(context);
+  const LowrankGrad& p = *g.p;
+  const bool dropout = p.dropout.threshold;
+  const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
+  Scratch scratch(WORKER, p.R * BLOCK_LD + panel_words(TERMS, ROWS_MAX, p.R) + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + 64);
+  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(panel_words(TERMS, ROWS_MAX, p.R)), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX));
+  const Tiles tiles;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t last = smaller((t + 1) * g.stripes.width, p.K);
+    for (int64_t k0 = t * g.stripes.width; k0 < last; k0 += BLOCK) {
+      const int64_t columns = smaller(BLOCK, last - k0);
+      for (int64_t m = 0; m < p.M; m += ROWS_MAX) {
+        const int64_t rows = smaller(ROWS_MAX, p.M - m);
+        const Rows x = rows_of(p.x, m, rows, k0, columns, mask, reinterpret_cast<uint16_t*>(block));
+        pack_panel<TERMS>(p.du, m, rows, 0, p.R, p.R, false, reinterpret_cast<uint32_t*>(lines), rank_words(TERMS, rows));
+        across_tiles<TERMS>({reinterpret_cast<uint32_t*>(lines), x, rows, sums, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
+      }
+      for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, sums + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);
+    }
+  }
+}
+#endif
+
 static void down(const LowrankGrad& p) {
-  Grad g = {&p, split(p.K), 0, paired(p.x, p.B), nullptr, nullptr, 0, 0, 0, 0};
-  parallel_for(g.stripes.count, p.M * p.K * p.R, g.pairs ? down_tasks<HAS_DOT> : down_tasks<false>, &g);
+  Grad g = {&p, split(p.K), 0, paired(p.x, p.B), nullptr, nullptr, nullptr, 0, 0, 0, 0};
+#ifdef LK_ISA_AMX
+  if (tiled(p, p.x, p.B.dtype)) g.tiles = whole_terms(p.B.dtype) ? tile_down_tasks<3> : tile_down_tasks<1>;
+#endif
+  parallel_for(g.stripes.count, p.M * p.K * p.R, g.tiles ? g.tiles : g.pairs ? down_tasks<HAS_DOT> : down_tasks<false>, &g);
 }
 
 }  // namespace

@@ -49,6 +49,8 @@ Dropout dropout(const Segments& s, int64_t e) {
 
 int64_t rank_of(const Segments& s, int64_t e, int64_t part = 0) { return s.ranks ? s.ranks[part * s.E + e] : s.R; }
 
+int64_t among(const Segments& s) { return std::max<int64_t>(s.M / std::max<int64_t>(s.E, 1), 1); }
+
 template <class Params>
 struct Call {
   const Params* p;
@@ -107,7 +109,7 @@ void route(const Route& p) {
 void refuse_rows(const MultiAdd& p) {
   const Segments& s = p.segments;
   const uint16_t nan16 = p.y.dtype == DType::bf16 ? 0x7fc0 : 0x7e00;
-  for (int64_t place = s.starts[s.E]; place < p.M; ++place) {
+  for (int64_t place = s.starts[s.E]; place < s.M; ++place) {
     const int64_t row = s.order[place] * p.y.row_stride;
     for (int64_t n = 0; n < p.N; ++n) {
       if (p.y.dtype == DType::f32)
@@ -125,7 +127,7 @@ void multi_route(const Route& p) { p.wide ? route<int64_t>(p) : route<int32_t>(p
 void multi_lowrank_down(const MultiDown& p) {
   each<MultiDown>(p, p.K * p.parts, [](const MultiDown& p, int64_t e, int64_t begin, int64_t rows) {
     const Segments& s = p.segments;
-    LowrankDown one = {rows, p.K, through(p.x, s, begin), from(p.u, begin), 0, {}, dropout(s, e), s.pages ? 0 : p.A.stride};
+    LowrankDown one = {rows, p.K, through(p.x, s, begin), from(p.u, begin), 0, {}, dropout(s, e), s.pages ? 0 : p.A.stride, among(s)};
     for (int64_t i = 0; i < p.parts; ++i)
       if (const int64_t rank = rank_of(s, e, i)) one.part[one.parts++] = {ranks_down(p.A, s, e, i), rank, i * s.R};
     if (one.parts) kernels().lowrank_down(one);
@@ -137,7 +139,7 @@ void multi_add_lowrank(const MultiAdd& p) {
     const Segments& s = p.segments;
     const float scaling = s.scaling ? s.scaling[e] : 1.0f;
     if (const int64_t rank = rank_of(s, e))
-      kernels().add_lowrank({rows, p.N, rank, through(p.y, s, begin), from(p.u, begin), ranks_across(p.B, s, e), {}, scaling, dropout(s, e)});
+      kernels().add_lowrank({rows, p.N, rank, through(p.y, s, begin), from(p.u, begin), ranks_across(p.B, s, e), {}, scaling, dropout(s, e), among(s)});
   });
   refuse_rows(p);
 }
@@ -150,7 +152,7 @@ void multi_lowrank_grad(const MultiGrad& p) {
     const auto of = [e](const Stack& stack) { return moved(stack.first, e * stack.stride); };
     if (const int64_t rank = rank_of(s, e))
       kernels().lowrank_grad({rows, p.N, p.K, rank, through(p.dy, s, begin), x, from(p.u, begin), ranks_across(p.B, s, e), from(p.du, begin), of(p.dA), of(p.dB),
-                              s.scaling ? s.scaling[e] : 1.0f, dropout(s, e), nullptr});
+                              s.scaling ? s.scaling[e] : 1.0f, dropout(s, e), nullptr, among(s)});
   });
 }
 

@@ -103,15 +103,11 @@ static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int
     }
 }
 
-// Tiles [block of rows of W][step] of rows n0 ... n0 + columns, zeros behind the last: k0 ... k0 + depth of each, and zeros up to a RUN.
+// Tiles [block of rows of W][step] of rows n0 ... n0 + columns, anything behind the last, whose sums nobody asks for: k0 ... k0 + depth of each, and zeros up to a RUN.
 static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t columns, int64_t k0, int64_t depth, uint32_t* panel) {
   const __m512i shifts[2] = {_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1), _mm512_inserti64x4(_mm512_set1_epi16(8), _mm256_set1_epi16(12), 1)};
-  for (int64_t n = 0; n < round_up(columns, TILE_ROWS); ++n) {
+  for (int64_t n = 0; n < columns; ++n) {
     uint32_t* to = panel + n / TILE_ROWS * CHUNK_WORDS + n % TILE_ROWS * VL;
-    if (n >= columns) {
-      for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += TILE_WORDS) _mm512_store_si512(to, _mm512_setzero_si512());
-      continue;
-    }
     const int64_t first = (n0 + n) * w.K + k0;
     const uint8_t* packed = w.packed + first / 2;
     if (!coded(w)) {
@@ -143,7 +139,7 @@ static void decode_pairs(const NF4Weight& w, const Decoder& decoder, int64_t n0,
       for (int64_t c = 0; c < round_up(columns, RUN); c += VL, to += CHUNK_WORDS) _mm512_store_si512(to, _mm512_setzero_si512());
       continue;
     }
-    const int64_t first = (n0 + n) * w.K + k0, second = both ? first + w.K : first;
+    const int64_t first = (n0 + n) * w.K + k0, second = both ? first + w.K : first;  // where there is none x has zeros
     prefetch_codes(w, n0 + n, k0), prefetch_codes(w, n0 + n + 1, k0);
     prefetch_codes(w, n0 + n, k0 + WIDE), prefetch_codes(w, n0 + n + 1, k0 + WIDE);
     if (!coded(w)) {
@@ -159,7 +155,7 @@ static void decode_pairs(const NF4Weight& w, const Decoder& decoder, int64_t n0,
     for (int64_t c = 0; c < columns; c += RUN, to += 4 * CHUNK_WORDS) {
       const auto words_of = [&](int64_t at) __attribute__((always_inline)) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + (at + c) / 2))); };
       const __m512i words = _mm512_or_si512(words_of(first), _mm512_slli_epi32(words_of(second), 16));
-      const __m512i values = values_of(decoder.codes, scale_of(w, (first + c) >> w.block_shift), both ? scale_of(w, (second + c) >> w.block_shift) : 0.0f);
+      const __m512i values = values_of(decoder.codes, scale_of(w, (first + c) >> w.block_shift), scale_of(w, (second + c) >> w.block_shift));
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(words, 4 * j), code), odd);

@@ -13,7 +13,7 @@ constexpr int64_t TILE_ROWS = 16;                     // rows of a tile, and flo
 constexpr int64_t TILE_DEPTH = 32;                     // bfloat16 of a row: of the depth, where it is A
 constexpr int64_t TILE_FLOATS = TILE_ROWS * TILE_ROWS;     // of a tile in memory, its rows behind each other
 
-#ifndef LK_AVX512_EMULATION
+#if !defined(LK_AVX512_EMULATION) && !defined(LK_TILE_EMULATION)
 
 // For as long as it lives this thread's tiles are whole; they hold nothing when it begins.
 struct Tiles {

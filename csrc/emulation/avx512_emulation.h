@@ -104,6 +104,13 @@ static inline simde__m512i maskz_loadu_epi16(simde__mmask32 mask, const void* fr
 }
 
 // Which lanes are subnormal.
+static inline simde__m512 maskz_loadu_ps(simde__mmask16 mask, const void* from) {
+  float out[16] = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) memcpy(out + i, static_cast<const float*>(from) + i, sizeof(float));
+  return simde_mm512_loadu_ps(out);
+}
+
 static inline simde__mmask16 subnormal(simde__m512 a) {
   uint32_t in[16];
   memcpy(in, &a, sizeof in);
@@ -135,6 +142,7 @@ static inline simde__mmask16 subnormal(simde__m512 a) {
 #define _mm512_cvtneps_pbh(a) simde_mm512_extracti64x4_epi64(lk::emulation::cvtne2ps_pbh(a, a), 0)
 #define _mm512_fpclass_ps_mask(a, kinds) lk::emulation::subnormal(a)  // the one kind that is asked for
 #define _mm512_maskz_loadu_epi16(mask, from) lk::emulation::maskz_loadu_epi16(mask, from)
+#define _mm512_maskz_loadu_ps(mask, from) lk::emulation::maskz_loadu_ps(mask, from)
 #define _mm512_cvtepi16_epi32(a) lk::emulation::converted<int32_t, int16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepu16_epi32(a) lk::emulation::converted<int32_t, uint16_t, simde__m512i>(a, 16)
 #define _mm512_cvtepi32_epi16(a) lk::emulation::converted<int16_t, int32_t, simde__m256i>(a, 16)

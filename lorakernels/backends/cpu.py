@@ -128,7 +128,7 @@ def multi_add_lowrank(y, u, B, scaling, order, starts, tiles, ranks, pages, seed
     """y (M,N) += scaling_e * drop(u B_e^T) of each row's adapter e, u (S,M,R) summed over S, in place, in C++; rows without adapter are
     not touched, those whose id is none become NaN."""
     E, N, R = stack_shape(B, pages)
-    module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling), *y.shape, native.matrix(y), native.matrix(summed(u)), native.stack(B))
+    module().multi_add_lowrank(native.segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling), N, native.matrix(y), native.matrix(summed(u)), native.stack(B))
 
 
 def multi_lowrank_grad(dy, x, u, B, scaling, order, starts, tiles, ranks, pages, seed, thresholds, dtype):

@@ -124,7 +124,7 @@ def address(tensor):
 def segments(E, R, order, starts, ranks, pages, seed, thresholds, scaling=None):
     """Segmented in csrc/bindings/arguments.h."""
     paged = (0, 0) if pages is None else (pages.data_ptr(), pages.stride(0))
-    return (E, R, *map(address, (order, starts, ranks)), *paged, *map(address, (seed, thresholds, scaling)))
+    return (len(order), E, R, *map(address, (order, starts, ranks)), *paged, *map(address, (seed, thresholds, scaling)))
 
 
 def stack(tensor):
