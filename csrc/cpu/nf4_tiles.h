@@ -27,8 +27,8 @@ LK_INLINE bool coded(const NF4Weight& w) { return in_runs(w); }
 
 // The elements of a RUN in the order that two vectors of looked-up codes have them: a lane's 16 bits hold elements 4 w + (j ^ 1), j = 0 ... 3.
 struct Order {
-  alignas(64) uint16_t at[2][2 * VL];
-  Order() {
+  alignas(64) uint16_t at[2][2 * VL] = {};
+  constexpr Order() {
     for (int v = 0; v < 2; ++v)
       for (int l = 0; l < 2 * VL; ++l) at[v][l] = static_cast<uint16_t>(4 * (l % VL) + ((2 * v + l / VL) ^ 1));
   }
@@ -45,7 +45,7 @@ static void lay_out_tiles(int64_t begin, int64_t end, void* context) {
   const Matrix& x = g.p->x;
   const int64_t depth = g.turned ? g.p->w.N : g.p->w.K, blocks = g.rows / TILE_ROWS;
   const bool in_order = g.turned || !coded(g.p->w);
-  static const Order order;
+  static constexpr Order order;
   const __m512i first = _mm512_load_si512(order.at[0]), second = _mm512_load_si512(order.at[1]);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t run = t / blocks, block = t % blocks, k0 = run * RUN, some = smaller(RUN, depth - k0);
