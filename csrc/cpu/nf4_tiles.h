@@ -20,7 +20,7 @@ constexpr int64_t CHUNK = 4 * RUN;     // of the depth: the tiles of a UNIT stay
 constexpr int64_t STEPS = CHUNK / TILE_DEPTH;
 constexpr int64_t UNIT = RUN;          // columns that are decoded at a time
 constexpr int64_t COLUMNS_MOST = 256, COLUMNS_LEAST = 64;  // of a task
-constexpr int64_t TILE_WORDS = TILE_FLOATS, CHUNK_WORDS = STEPS * TILE_WORDS;
+constexpr int64_t CHUNK_WORDS = STEPS * TILE_WORDS;
 
 // Whether all blocks of W begin with a RUN: then codes are looked up sixteen bits at a time, in the order that they come.
 LK_INLINE bool coded(const NF4Weight& w) { return in_runs(w); }

@@ -77,14 +77,19 @@ static void turn_words(const Matrix& m, int64_t row0, int64_t depth, int64_t col
 #endif
 
 #ifdef LK_ISA_AVX512BF16
+// The places of a vector's sixteen-bit halves that put its upper half's between its lower half's.
+LK_INLINE __m512i between() {
+  return _mm512_add_epi32(_mm512_set1_epi32(0x100000), _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f));
+}
+
 // to[c] = (a[c], b[c]) rounded; what is subnormal is zero, as it is to the dot product.
 LK_INLINE void zip_rounded(const float* a, const float* b, int64_t columns, uint32_t* to) {
-  const __m512i between = _mm512_add_epi32(_mm512_set1_epi32(0x100000), _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f));
+  const __m512i order = between();
   for (int64_t c = 0; c < columns; c += VL) {
     const int64_t some = smaller(VL, columns - c);
     const __mmask32 valid = some < VL ? (1u << 2 * some) - 1 : ~0u;
     const Vec low = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(valid, a + c)), high = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(valid, b + c));
-    const __m512i words = _mm512_permutexvar_epi16(between, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512i words = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     if (some == VL)
       _mm512_storeu_si512(to + c, words);
     else

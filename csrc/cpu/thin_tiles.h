@@ -10,8 +10,6 @@
 namespace lk::cpu {
 namespace {
 
-constexpr int64_t TILE_WORDS = TILE_FLOATS;
-
 // Whether a product of these runs on tiles: few rows fill none.
 template <class Params>
 LK_INLINE bool tiled(const Params& p, const Matrix& a, DType adapter) {
@@ -57,7 +55,7 @@ template <int TERMS>
 static void pack_tiles(const Matrix& m, int64_t d0, int64_t depth, int64_t c0, int64_t width, bool right, uint32_t* out) {
   __m512i rows[TERMS][TILE_ROWS], term[TERMS];
   const bool along = m.row_stride == 1 && !m.index && m.dtype != DType::f16;
-  const __m512i between = _mm512_add_epi32(_mm512_set1_epi32(0x100000), _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f));
+  const __m512i order = between();
   for (int64_t i = 0; i < TILE_ROWS; ++i) {
     Vec low = zero(), high = zero();
     if (!along) {
@@ -69,7 +67,7 @@ static void pack_tiles(const Matrix& m, int64_t d0, int64_t depth, int64_t c0, i
       if (depth > VL) high = load_some(m, start + VL, depth - VL);
     }
     split<TERMS>(low, high, term);
-    for (int t = 0; t < TERMS; ++t) rows[t][i] = along ? term[t] : _mm512_permutexvar_epi16(between, term[t]);
+    for (int t = 0; t < TERMS; ++t) rows[t][i] = along ? term[t] : _mm512_permutexvar_epi16(order, term[t]);
   }
   for (int t = 0; t < TERMS; ++t) {
     if (along == right) turn_tile(rows[t]);
@@ -88,7 +86,7 @@ static void pack_panel(const Matrix& m, int64_t d0, int64_t depth, int64_t c0, i
 LK_INLINE int64_t rank_words(int64_t terms, int64_t depth) { return ceil_div(depth, TILE_DEPTH) * terms * TILE_WORDS; }
 LK_INLINE int64_t panel_words(int64_t terms, int64_t depth, int64_t ranks) { return ceil_div(ranks, TILE_ROWS) * rank_words(terms, depth); }
 
-// Rows of bfloat16 in whole tiles, zeros behind the last row and column: where they lie, or in out, whose rows are BLOCK long.
+// Rows of bfloat16 in whole tiles, zeros behind the last row and column: where they lie, or in out (rows_floats).
 struct Rows {
   const uint16_t* at;
   int64_t ld;

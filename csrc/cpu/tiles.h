@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t TILE_ROWS = 16;                     // rows of a tile, and float32 of one
 constexpr int64_t TILE_DEPTH = 32;                     // bfloat16 of a row: of the depth, where it is A
 constexpr int64_t TILE_FLOATS = TILE_ROWS * TILE_ROWS;     // of a tile in memory, its rows behind each other
+constexpr int64_t TILE_WORDS = TILE_FLOATS;       // pairs of bfloat16 of one
 
 #if !defined(LK_AVX512_EMULATION) && !defined(LK_TILE_EMULATION)
 
