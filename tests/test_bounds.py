@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated_cuda
 import pytest
-import test_cuda_emulated
 from test_house import native_cpu
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ def test_native_kernels(isa):
 
 
 def test_emulated_cuda_kernels():
-    done = run("emulated", test_cuda_emulated.build().__file__)
+    done = run("emulated", emulated_cuda.build().__file__)
     assert done.returncode == 0 and "nothing behind an end" in done.stdout, (done.returncode, done.stderr[-2000:])
 
 
@@ -62,5 +62,5 @@ def test_a_touch_behind_an_end_is_caught(name, good, bad):
         assert file != name or good in text
         return text.replace(good, bad) if file == name else text
 
-    done = run("emulated", test_cuda_emulated.build(plant).__file__)
+    done = run("emulated", emulated_cuda.build(plant).__file__)
     assert done.returncode < 0, done.stdout
