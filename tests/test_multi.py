@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
-from lorakernels import dropout, multi_ops
+from lorakernels import backends, dropout, multi_ops
 from lorakernels.functional import multi_lora_linear, nf4_linear, quantize_nf4, route
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -267,6 +267,26 @@ def test_bits_do_not_depend_on_threads(backend, device):
         torch.set_num_threads(before)
     for name in ("dA", "dB") + (("y", "dx") if backend == "cpu" else ()):  # the base's product is torch's
         assert torch.equal(whole[name], alone[name]) or backend != "cpu"
+
+
+@pytest.mark.parametrize("base, adapter", MIXES[:3], ids=IDS[:3])
+@pytest.mark.parametrize("M, E, distribution", [(300, 9, "geometric"), (600, 400, "distinct"), (1000, 9, "skewed")])
+def test_bits_do_not_depend_on_threads_however_uneven_the_adapters_are(base, adapter, M, E, distribution):
+    """Some of unequal cost; many; and one with nearly all rows, work enough to be shared out by itself, beside another."""
+    if why := backends.why_not("cpu", "cpu", base):
+        pytest.skip(why)
+    case = Case(M, 300, 70, E, ([16, 3, 8, 20, 1, 5, 9, 2, 16] * E)[:E], DISTRIBUTIONS[distribution](M, E), base, adapter)
+    before, results = torch.get_num_threads(), []
+    with backends.use_backend("cpu"):
+        case.hold()
+        try:
+            for threads in (2, 1, 3):
+                torch.set_num_threads(threads)
+                results.append(case.run())
+        finally:
+            torch.set_num_threads(before)
+    for name in ("dA", "dB"):  # the base's product is torch's
+        assert all(torch.equal(result[name], results[0][name]) for result in results)
 
 
 def test_training_one_adapter_beside_others_gives_the_same_bits(backend, device):

@@ -8,7 +8,7 @@ namespace py = pybind11;
 using namespace lk;
 
 PYBIND11_MODULE(_cpu, m) {
-  m.def("use_pool", [](Address pool) { cpu::use_pool(reinterpret_cast<cpu::ParallelFor>(pool)); });
+  m.def("use_pool", [](Address pool, Address threads) { cpu::use_pool(reinterpret_cast<cpu::ParallelFor>(pool), reinterpret_cast<cpu::Threads>(threads)); });
   m.def("has_pool", &cpu::has_pool);
   m.def("isa", [] { return cpu::kernels().isa; });
   m.def("isas", [] {

@@ -3,9 +3,15 @@
 namespace lk::cpu {
 
 static ParallelFor torch_pool = nullptr;
+static Threads torch_threads = nullptr;
 
-void use_pool(ParallelFor pool) { torch_pool = pool; }
+void use_pool(ParallelFor pool, Threads threads) { torch_pool = pool, torch_threads = threads; }
 bool has_pool() { return torch_pool != nullptr; }
+int64_t threads() {
+  uint32_t count = 1;
+  if (torch_threads) torch_threads(&count);
+  return count;
+}
 
 constexpr int64_t WORTH_SHARING = 200000;  // some 10 us of one thread; waking the pool took 5 to 10 where it was measured
 

@@ -1,5 +1,5 @@
-// Work is shared out over torch's own thread pool, whose C entry point Python hands over once at import: no second
-// OpenMP runtime in the process, and torch.set_num_threads is obeyed. Without it the work runs on the calling thread.
+// Work is shared out over torch's own thread pool, whose C entry points Python hands over once at import: no second
+// OpenMP runtime in the process, and torch.set_num_threads is obeyed. Without them the work runs on the calling thread.
 #pragma once
 #include <cstdint>
 
@@ -7,9 +7,11 @@ namespace lk::cpu {
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
+using Threads = int32_t (*)(uint32_t* count);
 
-void use_pool(ParallelFor pool);
+void use_pool(ParallelFor pool, Threads threads);
 bool has_pool();
+int64_t threads();  // of the pool
 
 // body over [0, count). operations: about how many multiply-adds in all; what takes less time than waking the pool stays
 // on the calling thread. How the work is cut into `count` must not depend on the threads, so bits don't either.

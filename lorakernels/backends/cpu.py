@@ -16,8 +16,8 @@ def module():
     """lorakernels._cpu, set to share work over torch's own thread pool."""
     _cpu = native.load("_cpu")
     try:
-        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).torch_parallel_for
-        _cpu.use_pool(ctypes.cast(pool, ctypes.c_void_p).value)
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        _cpu.use_pool(*(ctypes.cast(function, ctypes.c_void_p).value for function in (library.torch_parallel_for, library.torch_get_num_threads)))
     except (OSError, AttributeError):
         pass  # another build of torch: the kernels run on the calling thread, and `python -m lorakernels` says so
     return _cpu
