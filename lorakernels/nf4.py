@@ -7,7 +7,6 @@ byte: absmax = map[byte] * nested_absmax + offset, the product rounded, then the
 """
 
 import json
-import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -212,8 +211,9 @@ def from_quant_state(data, quant_state, name="weight"):
 
 
 def _read_state(blob, name):
-    if not isinstance(blob, torch.Tensor) or blob.dtype != torch.uint8:
-        raise ValueError(f"{name}: expected a uint8 tensor")
+    _check_tensor(blob, name)
+    if blob.dtype != torch.uint8:
+        raise ValueError(f"{name}: expected a uint8 tensor, got {str(blob.dtype).removeprefix('torch.')}")
     if blob.numel() > STATE_LIMIT:
         raise ValueError(f"{name}: expected at most {STATE_LIMIT} bytes of JSON, got {blob.numel()}")
     try:
@@ -225,8 +225,16 @@ def _read_state(blob, name):
     return state
 
 
+def _check_tensor(tensor, name):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got a {type(tensor).__name__}")
+    if tensor.is_meta:
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
+
+
 def _check_map(table, name):
-    if table.numel() != 16 or not torch.equal(table.detach().float().flatten().cpu(), codebook()):
+    _check_tensor(table, name)
+    if table.numel() != 16 or table.is_complex() or not torch.equal(table.detach().float().flatten().cpu(), codebook()):
         raise ValueError(f"{name}: not NF4's codebook")
 
 
@@ -251,6 +259,8 @@ def build(data, absmax, nested, state, blob, name):
         raise ValueError(f"{name}: blocksize: expected one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
     if state.get("dtype") not in FLOATS:
         raise ValueError(f"{name}: dtype: expected one of {', '.join(FLOATS)}, got {state.get('dtype')!r}")
+    _check_tensor(data, name)
+    _check_tensor(absmax, f"{name}.absmax")
     if data.dim() == 2 and data.shape[0] == 1 and data.shape[1] > 1:
         raise ValueError(f"{name}: codes of shape {tuple(data.shape)} are of a transposed weight, a form that bitsandbytes has given up; expected (n, 1)")
     packed = bytes_of(data)
@@ -271,11 +281,14 @@ def build(data, absmax, nested, state, blob, name):
         if _count(nested_blocksize, f"{name}: nested_blocksize", 2, 1 << 20) & (nested_blocksize - 1):
             raise ValueError(f"{name}: nested_blocksize: expected a power of two, got {nested_blocksize}")
         for part, want, what in ((table, 256, "nested_quant_map"), (nested_absmax, -(-blocks // nested_blocksize), "nested_absmax")):
+            _check_tensor(part, f"{name}.{what}")
             if part.dtype != torch.float32 or part.numel() != want:
                 raise ValueError(f"{name}.{what}: expected {want} float32 values, got {part.numel()} of {str(part.dtype).removeprefix('torch.')}")
             _check_finite(part, f"{name}.{what}")
-        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not math.isfinite(offset):
-            raise ValueError(f"{name}: nested_offset: expected a finite number, got {offset!r}")
+        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{name}: nested_offset: expected a finite number that float32 holds, got {offset!r:.40}")
+        if abs(offset) + (table.double().abs().max() * nested_absmax.double().abs().max()).item() > torch.finfo(torch.float32).max:
+            raise ValueError(f"{name}: scales of its nested_quant_map, nested_absmax and nested_offset go beyond float32")
         parts = [torch.tensor([offset], dtype=torch.float32, device=packed.device), table.detach().flatten(), nested_absmax.detach().flatten()]
         bytes_nested = bytes_of(torch.cat([part.to(packed.device) for part in parts]))
     format = Format(N, K, blocksize, nested_blocksize)

@@ -112,7 +112,7 @@ class NF4Linear(nn.Module):
                     raise ValueError(f"{key}: expected shape {tuple(self.weight.shape)}, got {tuple(loaded.shape)}")
             elif key in state_dict:
                 raise ValueError(f"{key}: a weight without bitsandbytes' keys ({key}.absmax, ...), for a layer in NF4; quantise it first")
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             errors.append(str(error))
             return
         for name in names:

@@ -281,8 +281,12 @@ def damaged(**changes):
         (dict(dtype="float64"), "dtype: expected one of bfloat16, float16, float32, got 'float64'"),
         (dict(nested_blocksize=0), "nested_blocksize: expected an int from 2"),
         (dict(nested_blocksize=100), "nested_blocksize: expected a power of two"),
-        (dict(nested_offset=None), "nested_offset: expected a finite number, got None"),
-        (dict(nested_offset=float("nan")), "nested_offset: expected a finite number, got nan"),
+        (dict(nested_offset=None), "nested_offset: expected a finite number that float32 holds, got None"),
+        (dict(nested_offset=float("nan")), "nested_offset: expected a finite number that float32 holds, got nan"),
+        (dict(nested_offset=-1e308), "nested_offset: expected a finite number that float32 holds, got -1e+308"),
+        (dict(nested_offset=10**400), "nested_offset: expected a finite number that float32 holds, got 1000000"),
+        (dict(nested_absmax=torch.tensor([3e38]), nested_offset=2e38), "go beyond float32"),
+        (dict(quant_map=nf4.codebook().to(torch.complex64)), "weight.quant_map: not NF4's codebook"),
         ({"quant_state.bitsandbytes__nf4": torch.zeros(1 << 20, dtype=torch.uint8)}, "expected at most 16384 bytes of JSON"),
         ({"quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}, "not JSON"),
         ({"quant_state.bitsandbytes__nf4": torch.tensor(list(b"[1, 2]"), dtype=torch.uint8)}, "expected a JSON object, got a list"),
@@ -301,6 +305,21 @@ def test_damaged_quant_states_raise_and_change_nothing(changes, words):
         layer.load_state_dict(stored)
     assert words in str(caught.value)
     assert all(same_bytes(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("key", golden("nested"))
+@pytest.mark.parametrize(
+    "value, error, words",
+    [("x", TypeError, "expected a tensor, got a str"), (torch.zeros(1, device="meta"), ValueError, "expected a tensor with data, got one on the meta device")],
+    ids=["str", "meta"],
+)
+def test_what_is_no_tensor_is_named(key, value, error, words):
+    layer, stored = lk.NF4Linear(128, 8, bias=False, dtype=BF16), golden("nested") | {key: value}
+    with pytest.raises(error) as caught:
+        lk.NF4Tensor.from_state_dict(stored)
+    assert str(caught.value) == f"{key}: {words}"
+    with pytest.raises(RuntimeError, match=f"{key}: {words}" if value != "x" else key):  # torch has words of its own for a str
+        layer.load_state_dict(stored)
 
 
 def test_nan_scales_of_a_plain_weight():
