@@ -1,11 +1,10 @@
 """The functions, in the manner of torch.nn.functional: equation, shapes, argument errors."""
 
-import math
-
 import torch
 
 from . import adapter_ids as noted_ids
 from . import dropout, multi_ops, nf4, ops
+from .checks import FLOATS, check_flag, check_number, check_probability, check_tensor, kind_of, names_of
 from .nf4 import NF4Tensor
 
 
@@ -29,7 +28,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, dropout_p=
     scaling = check_number("scaling", scaling)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = None
-    if training and dropout.threshold(dropout_p):
+    if check_flag("training", training) and dropout.threshold(dropout_p):
         seed = dropout.draw_seed(x.device)
     dropout_p = dropout_p if seed is not None else 0.0
     if isinstance(weight, NF4Tensor):
@@ -51,7 +50,7 @@ def nf4_linear(x, weight, bias=None):
     dtype = _autocast_dtype(x)
     _check_x(x)
     if not isinstance(weight, NF4Tensor):
-        raise TypeError(f"weight: expected an NF4Tensor, got {_kind(weight)}; quantize_nf4() makes one")
+        raise TypeError(f"weight: expected an NF4Tensor, got {kind_of(weight)}; quantize_nf4() makes one")
     _check_nf4(weight, x)
     if bias is not None:
         _check_tensor("bias", bias, (weight.format.N,), "N", x)
@@ -69,17 +68,14 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
 
     Raises TypeError, or ValueError naming the argument; weights that are not finite, with the position of the first.
     """
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight: expected a Tensor, got {_kind(weight)}")
-    _check_layout("weight", weight)
+    _check_layout("weight", check_tensor("weight", weight))
     if weight.dtype not in nf4.FLOATS.values():
-        raise TypeError(f"weight: expected {_names(nf4.FLOATS.values())}, got {_names([weight.dtype])}")
+        raise TypeError(f"weight: expected {names_of(nf4.FLOATS.values())}, got {names_of([weight.dtype])}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape (N, K) with N and K of at least 1, got {tuple(weight.shape)}")
     if type(blocksize) is not int or blocksize not in nf4.BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {', '.join(map(str, nf4.BLOCKSIZES))}, got {blocksize!r}")
-    if not isinstance(double_quant, bool):
-        raise TypeError(f"double_quant: expected a bool, got {_kind(double_quant)}")
+    check_flag("double_quant", double_quant)
     weight = ops.own(weight.detach().contiguous())
     format, dtype = nf4.Format(*weight.shape, blocksize), weight.dtype
     if weight.is_meta:
@@ -128,7 +124,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     probabilities = [check_probability("dropout_p", p) for p in (dropout_p if isinstance(dropout_p, (list, tuple)) else [dropout_p])]
     if len(probabilities) not in (1, E) or (isinstance(dropout_p, (list, tuple)) and len(probabilities) != E):
         raise ValueError(f"dropout_p: expected a number or {E} of them, got {len(probabilities)}")
-    if training and any(dropout.threshold(p) for p in probabilities):
+    if check_flag("training", training) and any(dropout.threshold(p) for p in probabilities):
         thresholds = torch.tensor([dropout.threshold(p) for p in probabilities], dtype=torch.int32, device=x.device).expand(E).contiguous()
     lora_A, lora_B, bias = ops.own(lora_A), ops.own(lora_B), ops.own(bias)
     return _multi(x, weight, lora_A, lora_B, bias, scaling, routed, ranks, pages, thresholds, dtype)
@@ -180,33 +176,8 @@ def routed_linear(x, weight, bias, lora_A, lora_B, scaling, routed, ranks, pages
 
 # -- argument errors ---------------------------------------------------------------------------------------------------
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def check_number(name, value):
-    """A finite int or float, as float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a finite number, got {_kind(value)}")
-    if not -math.inf < value < math.inf:  # also false for NaN; torch.compile cannot trace math.isfinite
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
-
-
-def check_probability(name, value):
-    """A number in [0, 1], as float."""
-    value = check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
-    return value
-
-
-def _kind(value):
-    return f"a {type(value).__name__}"
-
-
 def _autocast_dtype(x):
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a Tensor, got {_kind(x)}")
+    check_tensor("x", x)
     if not torch._C._is_any_autocast_enabled():  # which costs a third of the question below
         return None
     kind = x.device.type
@@ -216,9 +187,7 @@ def _autocast_dtype(x):
 
 
 def _check_tensor(name, tensor, shape, letters, like):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
-    fits = tensor.dim() == len(shape)
+    fits = check_tensor(name, tensor).dim() == len(shape)
     if fits:
         for have, want in zip(tensor.shape, shape):
             fits = fits and (want is None or have == want)
@@ -226,7 +195,7 @@ def _check_tensor(name, tensor, shape, letters, like):
         wanted = ", ".join(letter if want is None else f"{letter}={want}" for letter, want in zip(letters, shape))
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a floating-point dtype ({_names(FLOATS)}), got {_names([tensor.dtype])}")
+        raise TypeError(f"{name}: expected a floating-point dtype ({names_of(FLOATS)}), got {names_of([tensor.dtype])}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as x is, got {tensor.device}")
     _check_layout(name, tensor)
@@ -237,18 +206,14 @@ def _check_layout(name, tensor):
         raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {tensor.layout}")
 
 
-def _names(dtypes):
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def _check_dtype(name, tensor, allowed, why):
     if tensor.dtype not in allowed:
-        raise TypeError(f"{name}: expected {' or '.join(_names([d]) for d in dict.fromkeys(allowed))} ({why}), got {_names([tensor.dtype])}")
+        raise TypeError(f"{name}: expected {' or '.join(names_of([d]) for d in dict.fromkeys(allowed))} ({why}), got {names_of([tensor.dtype])}")
 
 
 def _check_x(x):
     if x.dtype not in FLOATS:
-        raise TypeError(f"x: expected a floating-point dtype ({_names(FLOATS)}), got {_names([x.dtype])}")
+        raise TypeError(f"x: expected a floating-point dtype ({names_of(FLOATS)}), got {names_of([x.dtype])}")
     _check_layout("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
@@ -309,9 +274,7 @@ def _check_adapter_dtypes(x, lora_A, lora_B, lora_bias=None):
 def _check_multi(x, weight, lora_A, lora_B, bias, autocast):
     """As _check_lora for stacks of adapters; returns E, R."""
     for name, tensor, letters in (("lora_A", lora_A, "E, R, K"), ("lora_B", lora_B, "E, N, R")):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {_kind(tensor)}")
-        if tensor.dim() != 3 or tensor.shape[0] == 0:
+        if check_tensor(name, tensor).dim() != 3 or tensor.shape[0] == 0:
             raise ValueError(f"{name}: expected shape ({letters}) with E of at least 1, got {tuple(tensor.shape)}")
     if lora_A.shape[0] != lora_B.shape[0]:
         raise ValueError(f"lora_B: expected E={lora_A.shape[0]} adapters, as lora_A has, got {lora_B.shape[0]}")
@@ -329,7 +292,7 @@ def _check_paged(x, weight, lora_A, lora_B, bias, pages, autocast):
     if lora_A.requires_grad or lora_B.requires_grad:
         raise ValueError(f"lora_{'A' if lora_A.requires_grad else 'B'}: rank rows with pages get no gradient; train stacks (E, R, K) and (E, N, R)")
     if not isinstance(pages, torch.Tensor) or pages.dtype != torch.int64 or pages.dim() != 2 or 0 in pages.shape or pages.device != x.device:
-        got = f"{_names([pages.dtype])} {tuple(pages.shape)} on {pages.device}" if isinstance(pages, torch.Tensor) else _kind(pages)
+        got = f"{names_of([pages.dtype])} {tuple(pages.shape)} on {pages.device}" if isinstance(pages, torch.Tensor) else kind_of(pages)
         raise TypeError(f"pages: expected int64 of shape (E, R) on {x.device}, got {got}")
     if not pages.is_cuda and not pages.is_meta and not torch.compiler.is_compiling() and not bool(((pages >= 0) & (pages < P)).all()):
         raise ValueError(f"pages: expected rows from 0 to {P - 1}, got {pages.min().item()} to {pages.max().item()}")
@@ -355,10 +318,8 @@ def _check_routed(routed, x, E):
 
 def _ids_of_rows(ids, rows):
     """adapter_ids as one id for each row."""
-    if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"adapter_ids: expected a Tensor, got {_kind(ids)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter_ids: expected int32 or int64, got {_names([ids.dtype])}")
+    if check_tensor("adapter_ids", ids).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter_ids: expected int32 or int64, got {names_of([ids.dtype])}")
     if ids.shape != rows:
         if len(rows) != 2 or ids.shape != rows[:1]:
             also = f" or ({rows[0]},)" if len(rows) == 2 else ""
@@ -371,7 +332,7 @@ def _per_adapter(name, value, E, device):
     """A number for all adapters, or one for each: float32 (E,)."""
     if isinstance(value, torch.Tensor):
         if value.shape != (E,) or value.dtype != torch.float32:
-            raise ValueError(f"{name}: expected a number or float32 of shape ({E},), got {_names([value.dtype])} {tuple(value.shape)}")
+            raise ValueError(f"{name}: expected a number or float32 of shape ({E},), got {names_of([value.dtype])} {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device}, as x is, got {value.device}")
         return value.detach().contiguous()
@@ -382,7 +343,7 @@ def _check_ranks(ranks, E, R, device):
     if ranks is None:
         return None
     if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int64 or ranks.shape != (E,):
-        got = f"{_names([ranks.dtype])} {tuple(ranks.shape)}" if isinstance(ranks, torch.Tensor) else _kind(ranks)
+        got = f"{names_of([ranks.dtype])} {tuple(ranks.shape)}" if isinstance(ranks, torch.Tensor) else kind_of(ranks)
         raise TypeError(f"ranks: expected int64 of shape ({E},), got {got}")
     if ranks.device != device:
         raise ValueError(f"ranks: expected device {device}, as x is, got {ranks.device}")

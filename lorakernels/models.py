@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from . import targets
+from .checks import check_flag
 from .modules import Adapter, LoraLinear, check_arguments, why_unusable
 from .nf4_modules import PIECES, NF4Linear, QLoraLinear, is_bnb
 
@@ -50,9 +51,10 @@ def apply_lora(
     """
     check_model(model)
     check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights)
-    if modules_to_save:
+    check_flag("strict", strict)
+    if modules_to_save is not None and not (isinstance(modules_to_save, (list, tuple)) and not modules_to_save):
         raise ValueError(f"modules_to_save: not supported, got {modules_to_save!r}; train those modules beside the adapter with requires_grad_()")
-    if fan_in_fan_out:
+    if check_flag("fan_in_fan_out", fan_in_fan_out):
         raise ValueError("fan_in_fan_out: weights stored as (in, out), as in GPT-2's Conv1D, are not supported")
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize: expected None or 'nf4', got {quantize!r}")

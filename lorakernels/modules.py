@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import functional
+from .checks import adapter_dtype_over, check_flag, check_float_dtype, check_number, check_probability, check_size
 
 INITS = (True, False, "gaussian", "pissa", "olora")
 
@@ -16,12 +17,9 @@ class Adapter:
     """What layers with one adapter share, whatever holds their base: parameters lora_A (R, K), lora_B (N, R), lora_bias (N,)."""
 
     def _put_adapter(self, base_dtype, device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype):
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if base_dtype.itemsize == 2 else base_dtype
-        elif adapter_dtype not in (base_dtype, torch.float32):
-            raise TypeError(f"adapter_dtype: expected {base_dtype} (the base's) or torch.float32, got {adapter_dtype}")
+        check_flag("use_rslora", use_rslora), check_flag("lora_bias", lora_bias)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
-        self.use_rslora, self.init_lora_weights = bool(use_rslora), init_lora_weights
+        self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
         self.scaling = lora_scaling(lora_alpha, r, use_rslora)
         factory = {"device": device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
@@ -77,10 +75,11 @@ class LoraLinear(Adapter, nn.Linear):
         check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights)
         check_size("in_features", in_features)
         check_size("out_features", out_features)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        check_flag("bias", bias)
+        if dtype is not None:
+            check_float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._put_adapter(self.weight.dtype, self.weight.device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype)
+        self._put_adapter(self.weight.dtype, self.weight.device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype_over(self.weight.dtype, adapter_dtype))
         self.freeze_base()
         if not self.weight.is_meta:
             self.reset_adapter()
@@ -196,6 +195,7 @@ class LoraLinear(Adapter, nn.Linear):
         zero, so that a state_dict means the same as the layer. Raises RuntimeError if already merged.
         """
         self._refuse_while_merged("merge")
+        check_flag("keep_base", keep_base)
         weight, bias = self._merged_weight()
         if keep_base:
             self.register_buffer("_base_weight", self.weight, persistent=False)
@@ -226,6 +226,8 @@ class LoraLinear(Adapter, nn.Linear):
     def to_linear(self, dtype=None):
         """A plain nn.Linear that computes what this layer does in eval mode: W + scaling * B A, rounded once to dtype
         (the weight's own by default). Shares nothing with the layer; frozen."""
+        if dtype is not None:
+            check_float_dtype("dtype", dtype)
         weight, bias = (self.weight, self.bias) if self.merged else self._merged_weight(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         for name, value in (("weight", weight), ("bias", bias)):
@@ -281,20 +283,12 @@ def lora_scaling(lora_alpha, r, use_rslora):
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def check_size(name, value):
-    """An int of at least 1, or TypeError or ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int of at least 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
-
-
 def check_arguments(r, lora_alpha, lora_dropout, use_dora, init_lora_weights):
     """The constructor's argument errors, for callers that build many layers."""
     check_size("r", r)
-    functional.check_number("lora_alpha", lora_alpha)
-    functional.check_probability("lora_dropout", lora_dropout)
-    if use_dora:
+    check_number("lora_alpha", lora_alpha)
+    check_probability("lora_dropout", lora_dropout)
+    if check_flag("use_dora", use_dora):
         raise ValueError("use_dora: DoRA is not supported yet")
     if not any(init_lora_weights is known or (isinstance(known, str) and init_lora_weights == known) for known in INITS):
         raise ValueError(f"init_lora_weights: expected one of {', '.join(map(repr, INITS))}, got {init_lora_weights!r}")

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .models import check_model, find_targets, report_on, why_not_many
-from .modules import check_size
+from .checks import check_size
 from .multi_modules import Batch, MultiLoraLinear
 
 

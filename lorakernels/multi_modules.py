@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from . import dropout, functional
-from .modules import check_size, take_hooks, why_unusable
+from .checks import adapter_dtype_over, check_number, check_probability, check_size, check_tensor
+from .modules import take_hooks, why_unusable
 from .nf4_modules import NF4Linear
 from .routes import Orders
 
@@ -59,14 +60,11 @@ class MultiLoraLinear(nn.Module):
             if rank > max_rank:
                 raise ValueError(f"ranks: expected ranks of at most max_rank={max_rank}, got {rank}")
         alphas = ranks if lora_alpha is None else _each("lora_alpha", lora_alpha, num_adapters)
-        scaling = [functional.check_number("lora_alpha", alpha) / rank for alpha, rank in zip(alphas, ranks)]
-        self.lora_dropout = tuple(functional.check_probability("lora_dropout", p) for p in _each("lora_dropout", lora_dropout, num_adapters))
+        scaling = [check_number("lora_alpha", alpha) / rank for alpha, rank in zip(alphas, ranks)]
+        self.lora_dropout = tuple(check_probability("lora_dropout", p) for p in _each("lora_dropout", lora_dropout, num_adapters))
         weight = base.packed if isinstance(base, NF4Linear) else base.weight
         dtype = base.dtype if isinstance(base, NF4Linear) else weight.dtype
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if dtype.itemsize == 2 or isinstance(base, NF4Linear) else dtype
-        elif adapter_dtype not in (dtype, torch.float32):
-            raise TypeError(f"adapter_dtype: expected {dtype} (the base's) or torch.float32, got {adapter_dtype}")
+        adapter_dtype = adapter_dtype_over(dtype, adapter_dtype, isinstance(base, NF4Linear))
         self.base, self.batch = base.requires_grad_(False), None
         factory = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(num_adapters, max_rank, base.in_features, **factory))
@@ -107,7 +105,7 @@ class MultiLoraLinear(nn.Module):
             raise ValueError(f"lora_A: expected shape (r, {self.in_features}) with r from 1 to {self.max_rank}, got {tuple(lora_A.shape)}")
         if lora_B.shape != (self.out_features, rank):
             raise ValueError(f"lora_B: expected shape ({self.out_features}, {rank}), got {tuple(lora_B.shape)}")
-        scaling = 1.0 if lora_alpha is None else functional.check_number("lora_alpha", lora_alpha) / rank
+        scaling = 1.0 if lora_alpha is None else check_number("lora_alpha", lora_alpha) / rank
         self.lora_A[index].zero_()[:rank] = lora_A
         self.lora_B[index].zero_()[:, :rank] = lora_B
         self.ranks[index], self.scaling[index] = rank, scaling
@@ -122,6 +120,7 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x, adapter_ids=None):
         """x (..., K); adapter_ids of shape x.shape[:-1], or (batch,) for x (batch, tokens, K). Without them those that the model was
         called with (apply_multi_lora), and without those the base's own answer."""
+        check_tensor("x", x)
         if adapter_ids is not None:
             routed = functional.route(adapter_ids, x.shape, self.num_adapters)
         elif self.batch is not None and self.batch.ids is not None:

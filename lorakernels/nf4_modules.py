@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from . import functional, nf4
-from .modules import Adapter, check_arguments, check_size, take_hooks, take_peft_names, why_unusable
+from .checks import adapter_dtype_over, check_flag, check_float_dtype, check_size
+from .modules import Adapter, check_arguments, take_hooks, take_peft_names, why_unusable
 from .nf4 import NF4Tensor
 from .pages import on_huge_pages
 
@@ -24,6 +25,9 @@ class NF4Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True, *, double_quant=True, blocksize=64, device=None, dtype=None):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
+        check_flag("bias", bias)
+        if dtype is not None:
+            check_float_dtype("dtype", dtype)
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._take(functional.quantize_nf4(linear.weight, blocksize, double_quant), linear.bias)
@@ -172,7 +176,7 @@ class QLoraLinear(Adapter, NF4Linear):
         return layer
 
     def _put(self, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype):
-        self._put_adapter(self.dtype, self.packed.device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype or torch.float32)
+        self._put_adapter(self.dtype, self.packed.device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype_over(self.dtype, adapter_dtype, in_nf4=True))
         if not self.packed.is_meta:
             self.reset_adapter()
 
@@ -196,7 +200,7 @@ class QLoraLinear(Adapter, NF4Linear):
     def to_linear(self, dtype=None):
         """A plain nn.Linear that computes what this layer does in eval mode: W + scaling * B A, summed in float32 and rounded
         once to dtype (what W was made from by default). Frozen."""
-        dtype = dtype or self.dtype
+        dtype = self.dtype if dtype is None else check_float_dtype("dtype", dtype)
         weight = torch.addmm(self.weight.dequantize(torch.float32), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
         bias = self.bias
         if self.lora_bias is not None:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import functional
 from .checkpoint import read_adapter, sort_tensors
+from .checks import check_flag, check_float_dtype, check_number, check_size
 from .models import check_model, find_targets, report_on, why_not_many
-from .modules import check_size, lora_scaling
+from .modules import lora_scaling
 from .nf4_modules import NF4Linear
 from .pool_modules import Shared
 from .routes import NOBODY, NONE, SLOTS, Route, Tables
@@ -66,8 +66,8 @@ class AdapterPool:
         slots = min(capacity, 1024) if slots is None else slots
         if slots > SLOTS:
             raise ValueError(f"slots: expected at most {SLOTS}, got {slots}")
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
+        if dtype is not None:
+            check_float_dtype("dtype", dtype)
         wanted = find_targets(model, target_modules, exclude_modules, None, None)
         report = report_on(model, wanted, why_not_many)
         self.skipped = report.skipped
@@ -379,7 +379,8 @@ class AdapterPool:
                 raise ValueError(f"{where}: {next(iter(biases))}: a pool holds no biases")
         else:
             raise TypeError(f"adapter: expected a directory or a dict of tensors, got a {type(source).__name__}")
-        alpha = None if lora_alpha is None else functional.check_number("lora_alpha", lora_alpha)
+        check_flag("use_rslora", use_rslora)
+        alpha = None if lora_alpha is None else check_number("lora_alpha", lora_alpha)
         modules, matrices = {}, {}
         for name, found in pieces.items():
             place = self.places.get(name)

@@ -310,7 +310,7 @@ def test_damaged_quant_states_raise_and_change_nothing(changes, words):
 @pytest.mark.parametrize("key", golden("nested"))
 @pytest.mark.parametrize(
     "value, error, words",
-    [("x", TypeError, "expected a tensor, got a str"), (torch.zeros(1, device="meta"), ValueError, "expected a tensor with data, got one on the meta device")],
+    [("x", TypeError, "expected a Tensor, got a str"), (torch.zeros(1, device="meta"), ValueError, "expected a Tensor with data, got one on the meta device")],
     ids=["str", "meta"],
 )
 def test_what_is_no_tensor_is_named(key, value, error, words):
