@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import targets
+from .checks import check_data
 from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
 from .modules import Adapter, check_arguments
 from .multi_modules import MultiLoraLinear
@@ -248,6 +249,7 @@ def sort_tensors(tensors, path):
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{path}: expected tensors by name, got {key!r}: a {type(tensor).__name__}")
+        check_data(f"{path}: {key}", tensor)
         name = key.removeprefix(PREFIX)
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {key}: expected a floating-point tensor, got {tensor.dtype}")

@@ -21,6 +21,19 @@ def check_tensor(name, value):
     return value
 
 
+def check_layout(name, tensor):
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {tensor.layout}")
+
+
+def check_data(name, value):
+    """A dense tensor that has data."""
+    check_layout(name, check_tensor(name, value))
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a Tensor with data, got one on the meta device")
+    return value
+
+
 def check_flag(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {kind_of(value)}")

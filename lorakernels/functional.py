@@ -4,7 +4,7 @@ import torch
 
 from . import adapter_ids as noted_ids
 from . import dropout, multi_ops, nf4, ops
-from .checks import FLOATS, check_flag, check_number, check_probability, check_tensor, kind_of, names_of
+from .checks import FLOATS, check_flag, check_layout, check_number, check_probability, check_tensor, kind_of, names_of
 from .nf4 import NF4Tensor
 
 
@@ -68,7 +68,7 @@ def quantize_nf4(weight, blocksize=64, double_quant=True):
 
     Raises TypeError, or ValueError naming the argument; weights that are not finite, with the position of the first.
     """
-    _check_layout("weight", check_tensor("weight", weight))
+    check_layout("weight", check_tensor("weight", weight))
     if weight.dtype not in nf4.FLOATS.values():
         raise TypeError(f"weight: expected {names_of(nf4.FLOATS.values())}, got {names_of([weight.dtype])}")
     if weight.dim() != 2 or 0 in weight.shape:
@@ -198,12 +198,7 @@ def _check_tensor(name, tensor, shape, letters, like):
         raise TypeError(f"{name}: expected a floating-point dtype ({names_of(FLOATS)}), got {names_of([tensor.dtype])}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as x is, got {tensor.device}")
-    _check_layout(name, tensor)
-
-
-def _check_layout(name, tensor):
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {tensor.layout}")
+    check_layout(name, tensor)
 
 
 def _check_dtype(name, tensor, allowed, why):
@@ -214,7 +209,7 @@ def _check_dtype(name, tensor, allowed, why):
 def _check_x(x):
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected a floating-point dtype ({names_of(FLOATS)}), got {names_of([x.dtype])}")
-    _check_layout("x", x)
+    check_layout("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., K), got a 0-dimensional tensor")
     if x.shape[-1] == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import dropout, functional
-from .checks import adapter_dtype_over, check_number, check_probability, check_size, check_tensor
+from .checks import adapter_dtype_over, check_data, check_float_dtype, check_number, check_probability, check_size, check_tensor
 from .modules import take_hooks, why_unusable
 from .nf4_modules import NF4Linear
 from .routes import Orders
@@ -98,8 +98,9 @@ class MultiLoraLinear(nn.Module):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_adapters:
             raise ValueError(f"index: expected an int from 0 to {self.num_adapters - 1}, got {index!r}")
         for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if not isinstance(value, torch.Tensor) or value.dim() != 2:
-                raise TypeError(f"{name}: expected a matrix, got {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
+            check_float_dtype(name, check_data(name, value).dtype)
+            if value.dim() != 2:
+                raise ValueError(f"{name}: expected a matrix, got {tuple(value.shape)}")
         rank = lora_A.shape[0]
         if not 1 <= rank <= self.max_rank or lora_A.shape[1] != self.in_features:
             raise ValueError(f"lora_A: expected shape (r, {self.in_features}) with r from 1 to {self.max_rank}, got {tuple(lora_A.shape)}")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .checks import check_float_dtype, check_tensor
+from .checks import check_data, check_float_dtype
 
 CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -215,7 +215,7 @@ def from_quant_state(data, quant_state, name="weight"):
 
 
 def _read_state(blob, name):
-    _check_data(name, blob)
+    check_data(name, blob)
     if blob.dtype != torch.uint8:
         raise ValueError(f"{name}: expected a uint8 tensor, got {str(blob.dtype).removeprefix('torch.')}")
     if blob.numel() > STATE_LIMIT:
@@ -229,13 +229,8 @@ def _read_state(blob, name):
     return state
 
 
-def _check_data(name, tensor):
-    if check_tensor(name, tensor).is_meta:
-        raise ValueError(f"{name}: expected a Tensor with data, got one on the meta device")
-
-
 def _check_map(table, name):
-    _check_data(name, table)
+    check_data(name, table)
     if table.numel() != 16 or table.is_complex() or not torch.equal(table.detach().float().flatten().cpu(), codebook()):
         raise ValueError(f"{name}: not NF4's codebook")
 
@@ -261,8 +256,8 @@ def build(data, absmax, nested, state, blob, name):
         raise ValueError(f"{name}: blocksize: expected one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
     if state.get("dtype") not in FLOATS:
         raise ValueError(f"{name}: dtype: expected one of {', '.join(FLOATS)}, got {state.get('dtype')!r}")
-    _check_data(name, data)
-    _check_data(f"{name}.absmax", absmax)
+    check_data(name, data)
+    check_data(f"{name}.absmax", absmax)
     if data.dim() == 2 and data.shape[0] == 1 and data.shape[1] > 1:
         raise ValueError(f"{name}: codes of shape {tuple(data.shape)} are of a transposed weight, a form that bitsandbytes has given up; expected (n, 1)")
     packed = bytes_of(data)
@@ -283,7 +278,7 @@ def build(data, absmax, nested, state, blob, name):
         if _count(nested_blocksize, f"{name}: nested_blocksize", 2, 1 << 20) & (nested_blocksize - 1):
             raise ValueError(f"{name}: nested_blocksize: expected a power of two, got {nested_blocksize}")
         for part, want, what in ((table, 256, "nested_quant_map"), (nested_absmax, -(-blocks // nested_blocksize), "nested_absmax")):
-            _check_data(f"{name}.{what}", part)
+            check_data(f"{name}.{what}", part)
             if part.dtype != torch.float32 or part.numel() != want:
                 raise ValueError(f"{name}.{what}: expected {want} float32 values, got {part.numel()} of {str(part.dtype).removeprefix('torch.')}")
             _check_finite(part, f"{name}.{what}")

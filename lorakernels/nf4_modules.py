@@ -88,8 +88,10 @@ class NF4Linear(nn.Module):
         return functional.nf4_linear(x, self.weight, self._bias_for(x))
 
     def _bias_for(self, x):
-        # compute runs in x's dtype, as bitsandbytes' does: the bias follows; what is no tensor is the function's to refuse
-        return self.bias if self.bias is None or not isinstance(x, torch.Tensor) or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        # compute runs in x's dtype, as bitsandbytes' does: the bias follows; what is no tensor of numbers is the function's to refuse
+        if self.bias is None or not isinstance(x, torch.Tensor) or self.bias.dtype == x.dtype or not x.is_floating_point():
+            return self.bias
+        return self.bias.to(x.dtype)
 
     def to_linear(self, dtype=None):
         """A plain nn.Linear with the weight dequantised to dtype (what it was made from by default), frozen."""

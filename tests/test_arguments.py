@@ -95,6 +95,12 @@ def test_float64_base_refuses_float32_adapters():
         (dict(init_lora_weights=1), ValueError, "init_lora_weights: expected one of"),
         (dict(init_lora_weights="pissa", r=9), ValueError, "r: 'pissa' needs r <= min(in_features, out_features) = 6, got 9"),
         (dict(adapter_dtype=F16), TypeError, "adapter_dtype: expected torch.float32"),
+        (dict(adapter_dtype=torch.ones(2)), TypeError, "adapter_dtype: expected torch.float32"),
+        (dict(use_rslora=torch.ones(2)), TypeError, "use_rslora: expected a bool, got a Tensor"),
+        (dict(use_dora=torch.ones(2)), TypeError, "use_dora: expected a bool, got a Tensor"),
+        (dict(lora_bias=None), TypeError, "lora_bias: expected a bool, got a NoneType"),
+        (dict(r=1 << 41), ValueError, "r: expected an int of at most 1099511627776, got 2199023255552"),
+        (dict(lora_alpha=10**400), ValueError, "lora_alpha: expected a finite number, got 1000000"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
@@ -133,6 +139,8 @@ def test_layers_and_models(changes, error, words):
         (dict(modules_to_save=["2"]), ValueError, "modules_to_save: not supported"),
         (dict(fan_in_fan_out=True), ValueError, "fan_in_fan_out: weights stored as (in, out)"),
         (dict(quantize="int3"), ValueError, "quantize: expected None"),
+        (dict(strict=torch.ones(2)), TypeError, "strict: expected a bool, got a Tensor"),
+        (dict(fan_in_fan_out=None), TypeError, "fan_in_fan_out: expected a bool, got a NoneType"),
         (dict(rank_pattern={"2": 7}, init_lora_weights="pissa", target_modules=["0", "2"], r=2), ValueError, "r: 'pissa' needs r <= min(in_features, out_features) = 6, got 7"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
@@ -181,11 +189,31 @@ def test_model_without_adapters(call, tmp_path, monkeypatch):
         ((4, None), {}, TypeError, "out_features: expected an int of at least 1, got None"),
         ((4, 4), dict(dtype=torch.int8), TypeError, "dtype: expected a floating-point dtype, got torch.int8"),
         ((4, 4), dict(dtype="bf16"), TypeError, "dtype: expected a floating-point dtype, got bf16"),
+        ((4, 4, torch.ones(2)), {}, TypeError, "bias: expected a bool, got a Tensor"),
+        ((4, 10**400), {}, ValueError, "out_features: expected an int of at most"),
     ],
 )
 def test_layer_sizes_and_dtype(positional, keywords, error, words):
     with pytest.raises(error) as caught:
         LoraLinear(*positional, **keywords)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: LoraLinear(4, 4).to_linear("bf16"), "dtype: expected a floating-point dtype, got bf16"),
+        (lambda: lk.QLoraLinear(4, 4).to_linear(torch.int8), "dtype: expected a floating-point dtype, got torch.int8"),
+        (lambda: lk.NF4Linear(4, 4).weight.dequantize(torch.ones(2)), "dtype: expected a floating-point dtype, got tensor"),
+        (lambda: lk.NF4Linear(4, 4, None), "bias: expected a bool, got a NoneType"),
+        (lambda: LoraLinear(4, 4).merge(torch.ones(2)), "keep_base: expected a bool, got a Tensor"),
+        (lambda: lora_linear(torch.ones(1, 4), torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1), training=torch.ones(2)), "training: expected a bool, got a Tensor"),
+        (lambda: lk.MultiLoraLinear(nn.Linear(4, 4), num_adapters=1, max_rank=1)(None, torch.zeros(1, dtype=torch.int64)), "x: expected a Tensor, got a NoneType"),
+    ],
+)
+def test_flags_and_dtypes(call, words):
+    with pytest.raises(TypeError) as caught:
+        call()
     assert words in str(caught.value)
 
 

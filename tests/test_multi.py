@@ -456,6 +456,10 @@ def test_arguments(change, error, words):
         (lambda: layer().load_adapter(3, torch.ones(1, 24), torch.ones(20, 1)), ValueError, "index: expected an int from 0 to 2"),
         (lambda: layer().load_adapter(0, torch.ones(5, 24), torch.ones(20, 5)), ValueError, "lora_A: expected shape (r, 24) with r from 1 to 4"),
         (lambda: layer().load_adapter(0, torch.ones(2, 24), torch.ones(20, 3)), ValueError, "lora_B: expected shape (20, 2), got (20, 3)"),
+        (lambda: layer().load_adapter(0, torch.ones(24), torch.ones(20, 2)), ValueError, "lora_A: expected a matrix, got (24,)"),
+        (lambda: layer().load_adapter(0, torch.ones(2, 24), torch.ones(20, 2, device="meta")), ValueError, "lora_B: expected a Tensor with data"),
+        (lambda: layer().load_adapter(0, torch.ones(2, 24).to_sparse(), torch.ones(20, 2)), TypeError, "lora_A: expected a dense tensor"),
+        (lambda: layer().load_adapter(0, torch.ones(2, 24, dtype=torch.complex64), torch.ones(20, 2)), TypeError, "lora_A: expected a floating-point dtype, got torch.complex64"),
     ],
 )
 def test_arguments_of_the_layer(make, error, words):
