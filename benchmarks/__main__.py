@@ -16,8 +16,34 @@ from .shapes import MODELS, SETS
 QUICK_BUDGET = 150  # seconds
 
 
+def number(kind, holds, what):
+    """The type of an argument that is one number."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return value
+
+    return read
+
+
+whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
+seconds = number(float, lambda value: 0 < value < float("inf"), "seconds above 0")
+share = number(float, lambda value: 0 <= value < float("inf"), "a share of at least 0")
+
+
 def numbers(text):
-    return [int(part) for part in text.split(",")]
+    return [whole(part) for part in text.split(",")]
+
+
+def folder(text):
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
+    return text
 
 
 def words(allowed):
@@ -50,17 +76,17 @@ def parser():
         one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         one.add_argument("--no-graphs", action="store_true", help="leave CUDA graphs out")
         one.add_argument("--quick", action="store_true", help=f"the most telling rows, in {QUICK_BUDGET} s")
-        one.add_argument("--peers", metavar="DIR", help="a folder that holds others' kernels: DIR/vllm, DIR/sglang")
+        one.add_argument("--peers", type=folder, metavar="DIR", help="a folder that holds others' kernels: DIR/vllm, DIR/sglang")
         if name == "run":
-            one.add_argument("--budget", type=float, metavar="SECONDS", help="stop cleanly within it")
-            one.add_argument("--seconds", type=float, help="of measuring, a row and pass (2; with --quick 0.5)")
-            one.add_argument("--passes", type=int, default=2, help="times that every row is made anew and measured")
+            one.add_argument("--budget", type=seconds, metavar="SECONDS", help="stop cleanly within it")
+            one.add_argument("--seconds", type=seconds, help="of measuring, a row and pass (2; with --quick 0.5)")
+            one.add_argument("--passes", type=whole, default=2, help="times that every row is made anew and measured")
             one.add_argument("--json", metavar="FILE")
             one.add_argument("--resume", action="store_true", help="keep the rows that --json FILE has of this device and revision, and measure the others")
             one.add_argument("--csv", metavar="FILE")
             one.add_argument("--plot", metavar="DIR")
             one.add_argument("--save", action="store_true", help="into benchmarks/results, and render benchmarks/RESULTS.md")
-            one.add_argument("--plant", type=float, default=0.0, metavar="SHARE", help="slow this library down by that share, to see `compare` notice")
+            one.add_argument("--plant", type=share, default=0.0, metavar="SHARE", help="slow this library down by that share, to see `compare` notice")
     one = commands.add_parser("compare", help="exit 1 where b.json is slower than a.json, the noise taken into account")
     one.add_argument("a")
     one.add_argument("b")
@@ -113,7 +139,7 @@ def progress_bar():
 
 def earlier(asked):
     """The results that --resume goes on from, or None."""
-    if not (asked.resume and asked.json and Path(asked.json).exists()):
+    if not (asked.resume and Path(asked.json).exists()):
         return None
     before, now = results.load(asked.json), machine.header(asked.device)
     if all(before["header"][key] == now[key] for key in ("device", "revision", "torch")):
@@ -136,18 +162,28 @@ def run_rows(asked, options):
         results.write_csv(data, asked.csv)
     if asked.plot:
         print("plots:", *report.plots(data, asked.plot))
-    return 130 if data["interrupted"] else 1 if data["failed"] else 0
+    there = {name for row in data["rows"] for name in (*row["judged"], *row["skipped"])}
+    nobody = [name for name in options.baselines or () if not any(name.lower() in other.lower() for other in there)]
+    if nobody:
+        print(f"--baseline: nobody is called {', '.join(nobody)}; there are {', '.join(sorted(there))}", file=sys.stderr)
+    return 130 if data["interrupted"] else 1 if data["failed"] or nobody else 0
 
 
 def main():
-    asked = parser().parse_args()
+    top = parser()
+    asked = top.parse_args()
     if asked.command in ("list", "run"):
+        if getattr(asked, "resume", False) and not asked.json:
+            top.error("--resume: expected --json FILE, whose rows are kept")
         options = options_of(asked)
         return list_rows(options) if asked.command == "list" else run_rows(asked, options)
-    if asked.command == "compare":
-        return compare.main(asked.a, asked.b)
-    if asked.command == "report":
-        print(*report.write(asked.json or results.newest(), asked.out))
+    if asked.command in ("compare", "report"):
+        try:
+            if asked.command == "compare":
+                return compare.main(asked.a, asked.b)
+            print(*report.write(asked.json or results.newest(), asked.out))
+        except (OSError, ValueError) as error:  # 1 would be a regression
+            top.error(str(error))
     elif asked.command == "env":
         print(json.dumps(machine.header("cuda" if torch.cuda.is_available() else "cpu"), indent=2, ensure_ascii=False))
     elif asked.command == "model":

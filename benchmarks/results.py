@@ -73,8 +73,11 @@ class Row:
 
 
 def load(path):
-    data = json.loads(Path(path).read_text())
-    if not isinstance(data, dict) or "rows" not in data or "ceilings" not in data:
+    try:
+        data = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict) or not {"header", "ceilings", "rows"} <= data.keys():
         raise ValueError(f"{path}: expected a file that `python -m benchmarks run --json` wrote")
     return data
 
@@ -108,6 +111,7 @@ COLUMNS = ("op", "mode", "shapes", "M", "K", "N", "R", "dtype", "adapter", "p", 
 
 def write_csv(data, path):
     """A line for each contender of each row."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         out = csv.writer(file)
         out.writerow([*COLUMNS, "contender", "median_ms", "p10_ms", "p90_ms", "times_base", "error_over_eager", "match", "tflops", "gbs", "roofline", "peak_bytes", "kept_bytes", "launches"])

@@ -79,6 +79,36 @@ def test_bad_arguments_are_named():
     assert done.returncode == 0 and "8 x 3584→18944 r16 64 adapters distinct" in done.stdout
     done = command("run", "--op", "model", "--shapes", "awkward")
     assert done.returncode == 1 and "no row" in done.stderr
+    done = command("run", *TINY, "--passes", "1", "--baseline", "addmm,Nobody")
+    assert done.returncode == 1 and "--baseline: nobody is called Nobody; there are Liger, " in done.stderr and "addmm_" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run", "--tokens", "1,x"], "--tokens: expected a whole number of at least 1, got 'x'"),
+        (["run", "--ranks", "0"], "--ranks: expected a whole number of at least 1, got '0'"),
+        (["run", "--threads", "-1"], "--threads: expected a whole number of at least 1, got '-1'"),
+        (["run", "--passes", "0"], "--passes: expected a whole number of at least 1, got '0'"),
+        (["run", "--budget", "-1"], "--budget: expected seconds above 0, got '-1'"),
+        (["run", "--seconds", "nan"], "--seconds: expected seconds above 0, got 'nan'"),
+        (["run", "--plant", "-0.5"], "--plant: expected a share of at least 0, got '-0.5'"),
+        (["run", "--peers", "nowhere"], "--peers: expected a folder, got 'nowhere'"),
+        (["run", "--resume"], "--resume: expected --json FILE"),
+        (["compare", "nowhere.json", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["compare", __file__, __file__], "test_benchmarks.py: not JSON"),
+        (["report", __file__], "test_benchmarks.py: not JSON"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_numbers_and_files_that_are_none_are_named(arguments, words, monkeypatch, capsys):
+    """Before anything is measured, and with another status than a regression's."""
+    from benchmarks import __main__
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        __main__.main()
+    assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
 # -- what is wrong, and what is slower ------------------------------------------------------------------------------------------------
