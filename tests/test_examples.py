@@ -183,7 +183,7 @@ def test_resume_without_a_checkpoint(tiny, tmp_path):
     assert done.returncode and "--resume: there is no checkpoint" in done.stderr
 
 
-@pytest.mark.parametrize("more, words", [(["--steps", "0"], "--steps: expected at least 1"), (["--engine", "fast"], "invalid choice"), (["--engine", "peft", "--quantize", "nf4"], "--quantize: needs --engine lorakernels"), (["--max-tokens", "1"], "no row is short enough")])
+@pytest.mark.parametrize("more, words", [(["--steps", "0"], "--steps: expected at least 1"), (["--lr", "nan"], "--lr: expected above 0, got nan"), (["--lora-dropout", "2"], "--lora-dropout: expected from 0 to 1, got 2.0"), (["--device", "tpu"], "--device: "), (["--data", "nowhere"], "--data: there is no file nowhere"), (["--engine", "fast"], "invalid choice"), (["--engine", "peft", "--quantize", "nf4"], "--quantize: needs --engine lorakernels"), (["--max-tokens", "1"], "no row is short enough")])
 def test_bad_options(tiny, tmp_path, more, words):
     done = subprocess.run(command(tiny, tmp_path, *more), capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode and words in done.stderr
