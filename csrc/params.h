@@ -73,6 +73,14 @@ struct AddLowrank {
   int64_t among = 0;
 };
 
+// y (M,N) = x (M,K) W (N,K)^T + bias (N), sums in float32, one rounding at the store.
+struct Linear {
+  int64_t M, N, K;
+  Matrix x, W;  // any strides
+  Matrix y;     // col_stride 1
+  Matrix bias;  // data may be null; row_stride is unused
+};
+
 // Adapter ids, 32 or 64 bits wide -> order (M) and starts (E + 1), as below
 struct Route {
   const void* ids;

@@ -56,9 +56,7 @@ def _describe(kind, packed, device, dtype, adapter_dtype, dropout_p, merged, lay
     asked = f"backend {backends.forced()!r} was asked for" if backends.forced() else f"order on {device}: {', '.join(backends.ORDER.get(device, ('reference',)))}"
     lines.append(f"  {asked}; dropout {dropout_p}")
     product, one = "nf4_linear_lowrank" if packed else "linear_lowrank", isinstance(layers[0], Adapter)
-    if not one and not packed:
-        lines.append("  x W^T + bias: F.linear")
-    for name in ("lowrank_down", product, "lowrank_grad") if one else (*([product] if packed else []), "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad"):
+    for name in ("lowrank_down", product, "lowrank_grad") if one else (product if packed else "base_product", "multi_lowrank_down", "multi_add_lowrank", "multi_lowrank_grad"):
         function = getattr(backends.chosen(device, dtype), name)
         lines.append(f"  {name}: {function.__module__.rpartition('backends.')[2]}: {' '.join(function.__doc__.partition(chr(10) * 2)[0].split())}")
     if packed and tokens is not None:

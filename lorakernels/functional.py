@@ -104,7 +104,7 @@ def multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias=None
     dropout_p: a number, or a list of E of them: each adapter's own; the mask is as lora_linear's, of x's rows where they lie.
 
     dtypes and autocast: as lora_linear. Gradients for x, weight, lora_A, lora_B and bias, contiguous; zeros for adapters that no
-    row names. A row's result does not depend on the adapters of the rows beside it; without an adapter it is F.linear's.
+    row names. A row's result does not depend on the adapters of the rows beside it; without an adapter it is the base's own.
     check_ids: a row whose id is out of range never gets the base's answer. "sync": it raises before anything runs, on a GPU too,
     which that waits for; "async": so on the CPU, while on a GPU nothing is waited for, the row becomes NaN, and the next call
     with ids raises, or lorakernels.check(); "off": the row becomes NaN, and nothing raises.

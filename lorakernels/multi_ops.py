@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import kind
-from .backends.reference import accumulator, base_product, splits_of, stack_shape, summed, tiles_of
+from .backends.reference import accumulator, splits_of, stack_shape, summed, tiles_of
 from .ops import cast, gradient, in_shape, primitive, product, refuse_second_derivatives, rows, way
 
 
@@ -59,10 +59,10 @@ def route(ids, E):
 
 
 def base(run, x, W, scales, turned, bias):
-    """x W^T + bias, or x W where turned: what F.linear computes, bit for bit, where W is dense."""
+    """x W^T + bias, or x W where turned: where W is dense, the product that the backend's layers of one adapter have."""
     if scales is not None:
         return product(run, x, W, scales, turned, None, None, 1.0, bias, None, None, 0.0)
-    return base_product(x, W.t() if turned else W, bias)
+    return run.base_product(x, W.t() if turned else W, bias)
 
 
 def down(run, x, A, *segments):

@@ -57,7 +57,7 @@ def build():
     command += ["-DLK_TILE_EMULATION", "-march=native"] if tiles_alone() else ["-DLK_AVX512_EMULATION", "-mavx2", "-mfma", "-mf16c", f"-I{simde()}"]
     command += [f"-I{place}" for place in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     jobs = [(path, [], path.stem) for path in (csrc / "bindings" / "cpu.cpp", csrc / "cpu" / "dispatch.cpp", csrc / "cpu" / "multi.cpp", csrc / "cpu" / "parallel.cpp", csrc / "cpu" / "scratch.cpp")]
-    kernels = ("add_lowrank", "lowrank_down", "lowrank_grad", "nf4", "nf4_linear", "nf4_product")
+    kernels = ("add_lowrank", "linear", "lowrank_down", "lowrank_grad", "nf4", "nf4_linear", "nf4_product")
     jobs += [(csrc / "cpu" / f"{name}.cpp", [f"-DLK_ISA_{isa.upper()}"], f"{name}_{isa}") for isa in ("portable", "avx2", "avx512", "avx512bf16", "amx") for name in kernels]
     running, objects = [], []
     for source, flags, name in jobs:  # a few compilers at a time

@@ -10,7 +10,7 @@ import interpreter
 import torch
 
 from lorakernels import backends, functional
-from lorakernels.backends import cuda
+from lorakernels.backends import cpu, cuda
 
 kept = []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -49,6 +49,14 @@ def layers(M, N, K, R, dtype, adapter):
             functional.nf4_linear(x, weight, bias) if weight is not W else None
 
 
+def half_bases(M, N, K):
+    """The product that stands in for torch's where that has no library for half precision."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, W, turned, bias = (guarded(torch.randn(*shape).to(dtype)) for shape in ((M, K), (N, K), (K, N), (N,)))
+        for w in (W, turned.t()):
+            cpu.linear(x, w, bias)
+
+
 def many(M, N, K, R, dtype, adapter):
     x, dy, W = (guarded(torch.randn(*shape).to(dtype)) for shape in ((M, K), (M, N), (N, K)))
     A, B, ids = guarded(torch.randn(3, R, K).to(adapter)), guarded(torch.randn(3, N, R).to(adapter)), guarded(torch.arange(M) % 4 - 1)
@@ -77,6 +85,9 @@ def main(which, module=None):
             layers(M, N, K, R, dtype, adapter)
             if which == "cpu":
                 many(M, N, K, R, dtype, adapter)
+    for M, N, K in ((1, 16, 64), (3, 17, 75), (4, 130, 300), (8, 5, 1030), (9, 33, 258), (270, 40, 17)):
+        if which == "cpu":
+            half_bases(M, N, K)
     print("nothing behind an end was touched")
 
 

@@ -1,15 +1,18 @@
 """The kernels by themselves: bits, the edges of matrices, offsets; lora_linear's tests hold their results under the error rule."""
 
+import itertools
 import mmap
 import tempfile
 
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import check
 
 import lorakernels as lk
 from lorakernels import backends, ops
+from lorakernels.functional import lora_linear, multi_lora_linear
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -112,14 +115,67 @@ def test_more_rows_than_parts_of_du_are_kept_of_at_a_time(base, adapter):
 @needs_native_cpu
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("R", [1, 16, 20, 40])
-@pytest.mark.parametrize("base", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
-def test_what_a_float32_adapter_leaves_of_a_result_is_right(base, R, M):
+def test_what_a_float32_adapter_leaves_of_a_result_is_right(R, M):
+    """Where the base's answer, rounded to bfloat16, cancels what the adapter adds. Of a finer base's the sums' own errors would be left."""
     u, v = torch.randn(M, R), torch.randn(70, R)
     exact = u.double() @ v.double().t()
-    y = -exact.to(base)
+    y = -exact.bfloat16()
     out = y.clone()
     native_add(out, u, v, 1.0, None, None, 0.0)
-    check(f"rest R={R}", out, y.double() + exact, (y.float() + u @ v.t()).to(base), base=base, K=R)
+    check(f"rest R={R}", out, y.double() + exact, (y.float() + u @ v.t()).bfloat16(), base=BF16, K=R)
+
+
+def layouts(matrix):
+    """Its values as they may lie in memory: in order, turned, cut out of a larger one, every other column of one."""
+    rows, columns = matrix.shape
+    larger = torch.full((2, rows + 3, 2 * columns + 5), float("nan"), dtype=matrix.dtype)
+    return matrix, matrix.t().contiguous().t(), larger[0, 1 : rows + 1, 3 : columns + 3].copy_(matrix), larger[1, :rows, : 2 * columns : 2].copy_(matrix)
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 8, 9, 37, 300])
+@pytest.mark.parametrize("N, K", [(40, 64), (17, 75), (2060, 24), (5, 1030), (1, 1)])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+def test_the_product_of_half_precision_without_a_library(dtype, N, K, M):
+    x, w, bias = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(2 * N).to(dtype)[::2]
+    exact, eager = F.linear(x.double(), w.double(), bias.double()), F.linear(x, w, bias)
+    for some_x, some_w in itertools.product(layouts(x), layouts(w)):
+        check("y", backends.load("cpu").linear(some_x, some_w, bias), exact, eager, base=dtype, K=K)
+    without = backends.load("cpu").linear(x, w, None)
+    check("y", without, F.linear(x.double(), w.double()), F.linear(x, w), base=dtype, K=K)
+    one = x[:1].expand(M, K)
+    assert torch.equal(backends.load("cpu").linear(one, w, bias), backends.load("cpu").linear(one.contiguous(), w, bias))
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("M", [3, 40, 600])
+def test_that_products_bits_do_not_depend_on_threads_or_on_a_rows_place(M):
+    linear, before, results = backends.load("cpu").linear, torch.get_num_threads(), []
+    x, w = torch.randn(M, 1100).bfloat16(), torch.randn(2100, 1100).bfloat16()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results += [linear(x, w, None), linear(x.roll(1, 0), w, None).roll(-1, 0), linear(x, w.t().contiguous().t(), None)]
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[3]) and torch.equal(results[0], results[1]) and torch.equal(results[2], results[5])
+    assert M == 3 or torch.equal(results[0], results[2])
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+def test_layers_on_a_processor_without_a_library_for_their_dtype(monkeypatch, dtype):
+    """All of a layer's products, of one adapter and of many, with that product in torch's place."""
+    cpu = backends.load("cpu")
+    calls = []
+    monkeypatch.setattr(cpu, "left_to_torch", lambda dtype: False)
+    monkeypatch.setattr(cpu, "linear", lambda *operands, real=cpu.linear: calls.append(operands) or real(*operands))
+    with lk.use_backend("cpu"):
+        case = oracle.make_case(21, 72, 40, 8, dtype, F32, bias=True)
+        oracle.hold(oracle.run(lora_linear, case), case)
+        assert len(calls) == 2  # y and dx
+        x, ids = case.x.clone().requires_grad_(), torch.arange(21) % 3 - 1
+        y = multi_lora_linear(x, case.W, torch.randn(2, 4, 72), torch.randn(2, 40, 4), ids, torch.ones(2), case.bias)
+        y.sum().backward()
+    assert len(calls) == 4 and torch.equal(y[ids == -1], cpu.linear(case.x, case.W, case.bias)[ids == -1])
 
 
 @needs_native_cpu

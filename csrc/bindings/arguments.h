@@ -52,6 +52,8 @@ inline LowrankGrad lowrank_grad_params(int64_t M, int64_t N, int64_t K, int64_t 
           scaling, dropout(drop), static_cast<float*>(pointer(workspace))};
 }
 
+inline Linear linear_params(int64_t M, int64_t N, int64_t K, Tensor x, Tensor W, Tensor y, Tensor bias) { return {M, N, K, matrix(x), matrix(W), matrix(y), matrix(bias)}; }
+
 // packed, absmax, nested (0 for none), N, K, block_shift, nested_shift
 using NF4 = std::tuple<Address, Address, Address, int64_t, int64_t, int32_t, int32_t>;
 

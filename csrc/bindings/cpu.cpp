@@ -21,6 +21,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("add_lowrank", launcher(add_lowrank_params, [](const AddLowrank& p) { cpu::kernels().add_lowrank(p); }));
   m.def("lowrank_down", launcher(lowrank_down_params, [](const LowrankDown& p) { cpu::kernels().lowrank_down(p); }));
   m.def("lowrank_grad", launcher(lowrank_grad_params, [](const LowrankGrad& p) { cpu::kernels().lowrank_grad(p); }));
+  m.def("linear", launcher(linear_params, [](const Linear& p) { cpu::kernels().linear(p); }));
   m.def("dequantize_nf4", launcher(dequantize_nf4_params, [](const DequantizeNF4& p) { cpu::kernels().dequantize_nf4(p); }));
   m.def("quantize_nf4", launcher(quantize_nf4_params, [](const QuantizeNF4& p) { cpu::kernels().quantize_nf4(p); }));
   m.def("nf4_linear", launcher(nf4_linear_params, [](const NF4Linear& p) {

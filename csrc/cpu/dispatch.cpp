@@ -17,7 +17,7 @@ namespace lk::cpu {
 namespace {
 
 #define LK_KERNELS(isa) \
-  {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear, isa::nf4_product}
+  {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::linear, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear, isa::nf4_product}
 #ifdef LK_X86
 const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512),
 #ifndef LK_NO_AVX512BF16

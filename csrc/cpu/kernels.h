@@ -10,6 +10,7 @@ struct Kernels {
   void (*add_lowrank)(const AddLowrank&);
   void (*lowrank_down)(const LowrankDown&);
   void (*lowrank_grad)(const LowrankGrad&);
+  void (*linear)(const Linear&);
   void (*dequantize_nf4)(const DequantizeNF4&);
   void (*quantize_nf4)(const QuantizeNF4&);
   void (*nf4_linear)(const NF4Linear&);
@@ -21,6 +22,7 @@ struct Kernels {
   void add_lowrank(const AddLowrank&);        \
   void lowrank_down(const LowrankDown&);      \
   void lowrank_grad(const LowrankGrad&);      \
+  void linear(const Linear&);                 \
   void dequantize_nf4(const DequantizeNF4&);  \
   void quantize_nf4(const QuantizeNF4&);      \
   void nf4_linear(const NF4Linear&);          \

@@ -94,7 +94,7 @@ static void tasks(int64_t begin, int64_t end, void* context) {
         case 3: dot_group<3>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
         default: dot_group<GROUP>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS);
       }
-      for (int64_t r = 0; r < rows; ++r) store_sums(p, m + r, n0, columns, out[r]);
+      for (int64_t r = 0; r < rows; ++r) store_sums(p.lowrank.y, p.bias, m + r, n0, columns, out[r]);
     }
   }
 }

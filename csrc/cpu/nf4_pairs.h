@@ -156,7 +156,7 @@ static void pair_tasks(int64_t begin, int64_t end, void* context) {
       }
       meet_panel(g, panel, k0, count, depth, scales + k0 / depth * SIDE, sums);
     }
-    for (int64_t m = g.m0; m < g.m1; ++m) store_sums(p, m, n0, columns, sums + (m - g.m0) * SIDE);
+    for (int64_t m = g.m0; m < g.m1; ++m) store_sums(p.lowrank.y, p.bias, m, n0, columns, sums + (m - g.m0) * SIDE);
   }
 }
 
@@ -204,7 +204,7 @@ static void turned_pair_tasks(int64_t begin, int64_t end, void* context) {
         const Two both = in_order(load(from), load(from + VL));
         store(out + c, both.low), store(out + c + VL, both.high);
       }
-      store_sums(p, m, k0, columns, out);
+      store_sums(p.lowrank.y, p.bias, m, k0, columns, out);
     }
   }
 }

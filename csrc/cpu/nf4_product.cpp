@@ -1,18 +1,13 @@
 // y = x W^T + bias on packed NF4, or y = x W + bias where turned, without the low-rank term, for many rows of x: tiles of W are decoded
 // on their way to the product, here to float32, in nf4_pairs.h and nf4_tiles.h to bfloat16. Compiled once per instruction set (CMakeLists.txt), see vec.h.
-//
-// A sum over the depth runs in blocks, in their order, whatever the tile: bits depend on K and N alone, not on threads or a row's place.
 #include "nf4_product.h"
 
 #include "kernels.h"
 #include "nf4_pairs.h"
 #include "nf4_tiles.h"
-#include "parallel.h"
 
 namespace lk::cpu {
 namespace {
-
-constexpr int64_t TASK_ROWS = 256;  // of x
 
 // panel[n * WIDE + k]: columns k0.. of rows n0.. of W
 static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, float* panel) {
@@ -49,30 +44,6 @@ static void decode_words(const NF4Weight& w, const Decoder& decoder, int64_t n0,
 
 constexpr int64_t LINES = BLOCK / WORD * (WIDE + TURN) + 2 * TURN * BLOCK;  // floats of scratch that either takes
 
-static void tasks(int64_t begin, int64_t end, void* context) {
-  const Call& g = *static_cast<const Call*>(context);
-  const NF4Linear& p = *g.p;
-  const int64_t depth = g.turned ? p.w.N : p.w.K, row_blocks = ceil_div(p.lowrank.M, TASK_ROWS);
-  const Decoder decoder;
-  const auto decode_turned = p.w.K % SHARE == 0 ? decode_words : decode_columns;
-  Scratch scratch(WORKER, BLOCK * WIDE + TASK_ROWS * (WIDE + BLOCK_LD) + LINES);
-  float *panel = scratch.next(BLOCK * WIDE), *sums = scratch.next(TASK_ROWS * WIDE), *block = scratch.next(TASK_ROWS * BLOCK_LD), *lines = scratch.next(LINES);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t m0 = t % row_blocks * TASK_ROWS, c0 = t / row_blocks * g.wide;
-    const int64_t rows = smaller(TASK_ROWS, p.lowrank.M - m0), columns = smaller(g.wide, g.columns - c0);
-    for (int64_t d = 0; d < depth; d += BLOCK) {
-      const int64_t some = smaller(BLOCK, depth - d);
-      if (g.turned)
-        decode_rows(p.w, decoder, d, some, c0, columns, panel);
-      else
-        decode_turned(p.w, decoder, c0, columns, d, some, panel, lines);
-      const View x = view(p.x, m0, rows, d, some, {}, block);
-      product({x.at, x.ld, 1, panel, WIDE, some, sums, WIDE, d > 0}, rows, ceil_div(columns, VL));
-    }
-    for (int64_t m = 0; m < rows; ++m) store_sums(p, m0 + m, c0, columns, sums + m * WIDE);
-  }
-}
-
 }  // namespace
 
 namespace LK_ISA_NAME {
@@ -80,13 +51,21 @@ namespace LK_ISA_NAME {
 void nf4_product(const NF4Product& product) {
   const NF4Linear& p = product.linear;
   const int64_t columns = product.turned ? p.w.K : p.w.N;
-  Call g = {&p, product.turned, columns, columns >= 16 * WIDE ? WIDE : WIDE / 4};  // of narrow layers more tasks, for threads to share evenly
+  const Panels panels = {p.x, p.bias, p.lowrank.y, p.lowrank.M, product.turned ? p.w.N : p.w.K, columns};
 #if defined(LK_ISA_AMX)
-  if (p.x.dtype == DType::bf16) return product_in_tiles(g);
+  if (p.x.dtype == DType::bf16) return product_in_tiles({&p, product.turned, columns, panels.wide()});
 #elif defined(LK_ISA_AVX512BF16)
-  if (p.x.dtype == DType::bf16 && (product.turned || p.w.K % RUN == 0)) return product_in_pairs(g);
+  if (p.x.dtype == DType::bf16 && (product.turned || p.w.K % RUN == 0)) return product_in_pairs({&p, product.turned, columns, panels.wide()});
 #endif
-  parallel_for(ceil_div(p.lowrank.M, TASK_ROWS) * ceil_div(columns, g.wide), p.lowrank.M * p.w.N * p.w.K, tasks, &g);
+  const NF4Weight& w = p.w;
+  const Decoder decoder;
+  const auto decode_turned = w.K % SHARE == 0 ? decode_words : decode_columns;
+  panel_product(panels, LINES, [&](int64_t d, int64_t depth, int64_t c0, int64_t count, float* panel, float* lines) {
+    if (product.turned)
+      decode_rows(w, decoder, d, depth, c0, count, panel);
+    else
+      decode_turned(w, decoder, c0, count, d, depth, panel, lines);
+  });
 }
 
 }  // namespace LK_ISA_NAME

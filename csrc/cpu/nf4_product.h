@@ -1,11 +1,10 @@
 // What the forms of an NF4 product (nf4_product.cpp, nf4_pairs.h, nf4_tiles.h) share.
 #pragma once
 #include "nf4_runs.h"
+#include "panels.h"
 
 namespace lk::cpu {
 namespace {
-
-constexpr int64_t WIDE = 128;  // columns of a task at most; where they lie along W's rows, a cache line of codes
 
 struct Call {
   const NF4Linear* p;

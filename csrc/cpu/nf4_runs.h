@@ -233,11 +233,5 @@ static void dot_group(Scales& scales, const Form& form, int64_t n, int64_t colum
   }
 }
 
-// Row m of y from column n0 on: sums and bias, rounded once
-static void store_sums(const NF4Linear& p, int64_t m, int64_t n0, int64_t columns, float* out) {
-  for (int64_t c = 0; p.bias.data && c < columns; ++c) out[c] += load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride);
-  store_row_any(p.lowrank.y, m, n0, columns, out, 1.0f);
-}
-
 }  // namespace
 }  // namespace lk::cpu

@@ -226,7 +226,7 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
         }
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; g.turned && c < wide; c += 4) in_columns(sums + (block * wide + c) * TILE_FLOATS + r * VL, coded(p.w), out + r * g.wide + c * VL);
-        store_sums(p, m0 + r, c0, columns, out + r * g.wide);
+        store_sums(p.lowrank.y, p.bias, m0 + r, c0, columns, out + r * g.wide);
       }
     }
   }

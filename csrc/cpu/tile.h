@@ -329,6 +329,12 @@ static void store_row_any(const Matrix& m, int64_t row, int64_t column, int64_t 
   }
 }
 
+// Row m of y from column n0 on: sums and bias, rounded once
+static void store_sums(const Matrix& y, const Matrix& bias, int64_t m, int64_t n0, int64_t columns, float* sums) {
+  for (int64_t c = 0; bias.data && c < columns; ++c) sums[c] += load_scalar(bias.data, bias.dtype, (n0 + c) * bias.col_stride);
+  store_row_any(y, m, n0, columns, sums, 1.0f);
+}
+
 // A thread's scratch for the time of a block (scratch.h).
 struct Scratch {
   float* at;
