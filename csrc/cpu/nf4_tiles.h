@@ -19,8 +19,8 @@ constexpr int64_t LAID_OUT = 8 << 20;  // bytes that they may take, for every ta
 constexpr int64_t CHUNK = 4 * RUN;     // of the depth: the tiles of a UNIT stay within the first cache, x's part and the sums within the second
 constexpr int64_t STEPS = CHUNK / TILE_DEPTH;
 constexpr int64_t UNIT = RUN;          // columns that are decoded at a time
-constexpr int64_t COLUMNS_MOST = 256, COLUMNS_LEAST = 64;  // of a task. 256 rows, two threads, to 128: 16.5 to 17.3 ms at 4096 -> 14336, dx 18.8 to 20.2
-constexpr int64_t EACH = 8;            // tasks that each thread finds, where narrower ones make so many: they are to share evenly
+constexpr int64_t COLUMNS_MOST = 320;  // of a task
+constexpr int64_t COLUMNS_MORE = 24;   // that a task costs beyond its own, about: not measured by itself
 constexpr int64_t CHUNK_WORDS = STEPS * TILE_WORDS;
 
 // Whether all blocks of W begin with a RUN: then codes are looked up sixteen bits at a time, in the order that they come.
@@ -70,9 +70,30 @@ static void lay_out_tiles(int64_t begin, int64_t end, void* context) {
   }
 }
 
+// What is wanted in the second cache next: some of it is asked for at each product, all at once would keep what is wanted now waiting. Codes
+// are, for x W, of which few stand beside each other: a whole CHUNK ahead, ms with two threads, 4096 -> 14336, dx of 4 rows 4.2 to 3.1, of 256
+// 13.1 to 11.7. x W^T has long pieces of rows: there rows ahead while decoding are better by 2 to 7 %.
+struct Next {
+  const char* x;  // in order
+  int64_t x_lines;
+  const char* codes = nullptr;  // of rows of W, which lie too far apart for the processor to guess
+  int64_t pitch = 0, rows = 0, width = 0, codes_lines = 0, line = 0;
+  void want_codes(const NF4Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count, int64_t products) {
+    codes = reinterpret_cast<const char*>(w.packed) + (n * w.K + k) / 2;
+    pitch = w.K / 2, rows = n_count, width = ceil_div(k_count / 2, 64), codes_lines = ceil_div(rows * width, products);
+  }
+  __attribute__((always_inline)) void bring() {
+    for (int64_t i = 0; i < x_lines; ++i, x += 64) __builtin_prefetch(x, 0, 2);
+    for (int64_t i = 0; i < codes_lines && rows; ++i) {
+      __builtin_prefetch(codes + 64 * line, 0, 2);
+      if (++line == width) line = 0, codes += pitch, --rows;
+    }
+  }
+};
+
 // Sums of LEFT x RIGHT tiles += `steps` products, whose tiles lie behind each other in their blocks.
 template <int LEFT, int RIGHT>
-LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, bool add, float* sums, int64_t sums_block, const char*& next, int64_t lines) {
+LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, bool add, float* sums, int64_t sums_block, Next& next) {
   if (add) {
     load_tile<0>(sums);
     if (RIGHT > 1) load_tile<1>(sums + TILE_FLOATS);
@@ -87,7 +108,7 @@ LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, b
     if (RIGHT > 1) load_tile<7>(b + CHUNK_WORDS), dot<1, 4, 7>();
     if (LEFT > 1) load_tile<5>(a + CHUNK_WORDS), dot<2, 5, 6>();
     if (LEFT > 1 && RIGHT > 1) dot<3, 5, 7>();
-    for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+    next.bring();
   }
   store_tile<0>(sums);
   if (RIGHT > 1) store_tile<1>(sums + TILE_FLOATS);
@@ -95,12 +116,12 @@ LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, b
   if (LEFT > 1 && RIGHT > 1) store_tile<3>(sums + sums_block + TILE_FLOATS);
 }
 
-// All of a's blocks with all of b's: sums[block of a][block of b]. next: what is wanted in the second cache then, `lines` of it for each product.
-static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int64_t b_blocks, int64_t steps, bool add, float* sums, int64_t sums_block, const char*& next, int64_t lines) {
+// All of a's blocks with all of b's: sums[block of a][block of b].
+static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int64_t b_blocks, int64_t steps, bool add, float* sums, int64_t sums_block, Next& next) {
   for (int64_t j = 0; j < b_blocks; j += 2)
     for (int64_t i = 0; i < a_blocks; i += 2) {
       const auto meet = i + 1 < a_blocks ? (j + 1 < b_blocks ? meet_tiles<2, 2> : meet_tiles<2, 1>) : (j + 1 < b_blocks ? meet_tiles<1, 2> : meet_tiles<1, 1>);
-      meet(a + i * CHUNK_WORDS, b + j * CHUNK_WORDS, steps, add, sums + i * sums_block + j * TILE_FLOATS, sums_block, next, lines);
+      meet(a + i * CHUNK_WORDS, b + j * CHUNK_WORDS, steps, add, sums + i * sums_block + j * TILE_FLOATS, sums_block, next);
     }
 }
 
@@ -141,8 +162,6 @@ static void decode_pairs(const NF4Weight& w, const Decoder& decoder, int64_t n0,
       continue;
     }
     const int64_t first = (n0 + n) * w.K + k0, second = both ? first + w.K : first;  // where there is none x has zeros
-    prefetch_codes(w, n0 + n, k0), prefetch_codes(w, n0 + n + 1, k0);
-    prefetch_codes(w, n0 + n, k0 + WIDE), prefetch_codes(w, n0 + n + 1, k0 + WIDE);
     if (!coded(w)) {
       alignas(64) uint16_t line[2][UNIT] = {};
       decode_run_bf16(w, decoder, first, columns, line[0]);
@@ -202,16 +221,19 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
     for (int64_t d0 = 0; d0 < depth; d0 += CHUNK) {
       const int64_t some = smaller(CHUNK, depth - d0), steps = round_up(some, RUN) / TILE_DEPTH;
       const uint32_t* x = g.x + d0 / CHUNK * blocks * CHUNK_WORDS;
-      const char* next = reinterpret_cast<const char*>(d0 + CHUNK < depth ? x + blocks * CHUNK_WORDS : g.x);
-      const int64_t lines = ceil_div(64, wide);
+      const int64_t products = ceil_div(blocks, 2) * ceil_div(ceil_div(columns, TILE_ROWS), 2) * steps;
+      const bool last = d0 + CHUNK >= depth;
+      Next next = {reinterpret_cast<const char*>(last ? g.x : x + blocks * CHUNK_WORDS), ceil_div(blocks * CHUNK_WORDS * 4 / 64, products)};
+      const int64_t next_c = last ? c0 + g.wide : c0, next_d = last ? 0 : d0 + CHUNK;
+      if (g.turned && next_c < g.columns) next.want_codes(p.w, next_d, smaller(CHUNK, depth - next_d), next_c, smaller(g.wide, g.columns - next_c), products);
       for (int64_t c = 0; c < columns; c += UNIT) {
         const int64_t unit = smaller(UNIT, columns - c), unit_blocks = ceil_div(unit, TILE_ROWS);
         if (g.turned) {
           decode_pairs(p.w, decoder, d0, some, c0 + c, unit, panel);
-          meet_all(x, blocks, panel, UNIT / TILE_ROWS, steps, d0 > 0, sums + c * TILE_ROWS, wide * TILE_FLOATS, next, lines);
+          meet_all(x, blocks, panel, UNIT / TILE_ROWS, steps, d0 > 0, sums + c * TILE_ROWS, wide * TILE_FLOATS, next);
         } else {
           decode_rows(p.w, decoder, c0 + c, unit, d0, some, panel);
-          meet_all(panel, unit_blocks, x, blocks, steps, d0 > 0, sums + c / TILE_ROWS * blocks * TILE_FLOATS, blocks * TILE_FLOATS, next, lines);
+          meet_all(panel, unit_blocks, x, blocks, steps, d0 > 0, sums + c / TILE_ROWS * blocks * TILE_FLOATS, blocks * TILE_FLOATS, next);
         }
       }
     }
@@ -232,12 +254,22 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
   }
 }
 
+// The last thread to end has so many tasks; of widths with which it ends soonest, the widest.
+static int64_t columns_of_task(int64_t columns) {
+  int64_t best = 0, least = 0;
+  for (int64_t wide = UNIT; wide <= COLUMNS_MOST; wide += UNIT) {
+    const int64_t time = ceil_div(ceil_div(columns, wide), threads()) * (wide + COLUMNS_MORE);
+    if (!best || time <= least) best = wide, least = time;
+  }
+  return best;
+}
+
 static void product_in_tiles(Call g) {
   const NF4Weight& w = g.p->w;
   const int64_t M = g.p->lowrank.M, runs = ceil_div(g.turned ? w.N : w.K, RUN);
-  g.wide = COLUMNS_MOST;
-  while (g.wide > COLUMNS_LEAST && g.columns < EACH * threads() * g.wide) g.wide /= 2;
-  const int64_t at_once = smaller(ROWS_AT_ONCE, larger(LAID_OUT / (2 * RUN * runs) / TILE_ROWS * TILE_ROWS, 8 * TILE_ROWS));
+  g.wide = columns_of_task(g.columns);
+  const int64_t most = smaller(ROWS_AT_ONCE, larger(LAID_OUT / (2 * RUN * runs) / TILE_ROWS * TILE_ROWS, 8 * TILE_ROWS));
+  const int64_t at_once = round_up(ceil_div(M, larger(1, ceil_div(M, most))), TILE_ROWS);
   for (g.m0 = 0; g.m0 < M; g.m0 += at_once) {
     g.m1 = smaller(M, g.m0 + at_once), g.rows = round_up(g.m1 - g.m0, TILE_ROWS);
     Scratch scratch(CALLER, ceil_div(runs * RUN, CHUNK) * CHUNK / 2 * g.rows);
