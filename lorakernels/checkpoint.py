@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import targets
-from .checks import check_data
+from .checks import check_data, check_flag
 from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
 from .modules import Adapter, check_arguments
 from .multi_modules import MultiLoraLinear
@@ -218,6 +218,8 @@ def _read_config(path):
         check_arguments(config["r"], config["lora_alpha"], config["lora_dropout"], False, True)
         for field in ("rank_pattern", "alpha_pattern"):
             check_pattern_values(field, config.get(field))
+        for field in ("use_rslora", "lora_bias"):
+            check_flag(field, config.get(field) or False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return config
@@ -255,13 +257,19 @@ def sort_tensors(tensors, path):
             raise ValueError(f"{path}: {key}: expected a floating-point tensor, got {tensor.dtype}")
         for kind in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
             if name == kind or name.endswith(f".{kind}"):
-                adapters.setdefault(name.removesuffix(kind).rstrip("."), {})[kind] = tensor
+                _put_once(adapters.setdefault(name.removesuffix(kind).rstrip("."), {}), kind, tensor, f"{path}: {key}")
                 break
         else:
             if name.rpartition(".")[2] != "bias":
                 raise ValueError(f"{path}: {key}: not a LoRA tensor or a bias")
-            biases[name.replace(".base_layer.bias", ".bias")] = tensor
+            _put_once(biases, name.replace(".base_layer.bias", ".bias"), tensor, f"{path}: {key}")
     return adapters, biases
+
+
+def _put_once(values, name, value, where):
+    if name in values:
+        raise ValueError(f"{where}: a second value for the same {name}")
+    values[name] = value
 
 
 def _check_module(model, config, name, pieces):
@@ -273,6 +281,8 @@ def _check_module(model, config, name, pieces):
         raise ValueError(f"{where}: the model has no such module") from None
     if not isinstance(module, Adapter) and (why := why_skipped(model, name)):
         raise ValueError(f"{where}: {why}")
+    if not name and not isinstance(module, Adapter):
+        raise ValueError(f"{WEIGHTS}: its adapter is of the model itself, which cannot be replaced in its own place; LoraLinear.from_linear() makes the layer that takes it")
     A, B = (pieces.get(kind) for kind in ("lora_A.weight", "lora_B.weight"))
     if A is None or B is None:
         raise ValueError(f"{where}: expected both lora_A.weight and lora_B.weight")

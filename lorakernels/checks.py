@@ -22,8 +22,8 @@ def check_tensor(name, value):
 
 
 def check_layout(name, tensor):
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {'a nested one' if tensor.is_nested else f'layout {tensor.layout}'}")
 
 
 def check_data(name, value):

@@ -35,6 +35,7 @@ def test_the_good_ones_are_good():
         (dict(x=torch.ones(4, 8, dtype=torch.int64)), TypeError, "x: expected a floating-point dtype"),
         (dict(x=torch.ones(4, 8, dtype=torch.complex64)), TypeError, "x: expected a floating-point dtype"),
         (dict(x=torch.eye(8).to_sparse()), TypeError, "x: expected a dense tensor (torch.strided), got layout torch.sparse_coo"),
+        (dict(x=torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])), TypeError, "x: expected a dense tensor (torch.strided), got a nested one"),
         (dict(lora_B=torch.ones(6, 2).to_sparse()), TypeError, "lora_B: expected a dense tensor (torch.strided), got layout torch.sparse_coo"),
         (dict(x=torch.randn(4, 7)), ValueError, "weight: expected shape (N, K=7), got (6, 8)"),
         (dict(x=torch.randn(4, 8).bfloat16()), TypeError, "weight: expected bfloat16 (x's dtype"),

@@ -193,6 +193,8 @@ P = "base_model.model."
         (config(something_new={"a": 1}), ValueError, "something_new={'a': 1} is not supported"),
         (config(init_lora_weights="pissa_niter_4"), ValueError, "init_lora_weights='pissa_niter_4' changed the base weights"),
         (config(lora_bias=True), ValueError, "q: lora_bias=True in adapter_config.json, but lora_B.bias is missing"),
+        (config(use_rslora="yes"), ValueError, "use_rslora: expected a bool, got a str"),
+        (config(lora_bias=1), ValueError, "lora_bias: expected a bool, got a int"),
         (raw(lambda data: data[:50]), ValueError, "not a whole safetensors file"),
         (raw(lambda data: data[:-8]), ValueError, "not a whole safetensors file"),
         (raw(lambda data: b""), ValueError, "not a whole safetensors file"),
@@ -211,6 +213,8 @@ P = "base_model.model."
         (weights(lambda t: t.update({P + "q.lora_B.bias": torch.zeros(6)})), ValueError, "q: lora_bias=False in adapter_config.json, but lora_B.bias is there"),
         (weights(lambda t: t.update({P + "v.bias": torch.zeros(6)})), ValueError, "v.bias: the model has no such parameter"),
         (weights(lambda t: t.update({P + "q.base_layer.bias": torch.zeros(7)})), ValueError, "q.bias: expected shape (6,), got (7,)"),
+        (weights(lambda t: t.update({"q.lora_A.weight": torch.zeros(2, 8)})), ValueError, "a second value for the same lora_A.weight"),
+        (weights(lambda t: t.update({P + "q.base_layer.bias": torch.zeros(6), P + "q.bias": torch.ones(6)})), ValueError, "a second value for the same q.bias"),
     ],
 )
 def test_damaged_files(saved, damage, error, words):
@@ -253,6 +257,19 @@ def test_an_adapter_in_the_model_that_the_file_lacks(saved):
     weights(lambda t: [t.pop(P + "v.lora_A.weight"), t.pop(P + "v.lora_B.weight")])(saved)
     with pytest.raises(ValueError, match="it has nothing for v, which has an adapter in the model"):
         lk.load_adapter(model, saved)
+
+
+def test_an_adapter_of_the_model_itself(tmp_path):
+    """A layer that is the whole model takes its adapter; an nn.Linear cannot be replaced in its own place."""
+    layer, linear = lk.LoraLinear(8, 6, r=2), nn.Linear(8, 6)
+    nn.init.normal_(layer.lora_B)
+    lk.save_adapter(layer, tmp_path)
+    fresh = lk.LoraLinear(8, 6, r=2)
+    lk.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.lora_A, layer.lora_A) and torch.equal(fresh.lora_B, layer.lora_B)
+    with pytest.raises(ValueError, match="its adapter is of the model itself"):
+        lk.load_adapter(linear, tmp_path)
+    assert type(linear) is nn.Linear and not list(linear.children()) and linear.weight.requires_grad
 
 
 def test_loading_onto_a_merged_adapter(saved):
