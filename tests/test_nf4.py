@@ -52,6 +52,18 @@ def test_maps_are_bitsandbytes():
     assert torch.equal(golden("nested")["weight.nested_quant_map"], nf4.dynamic_map())
 
 
+def test_many_scales_get_the_codes_that_few_get():
+    """At every boundary, beside it, and anywhere: where a lookup stands in bucketize's place, and where it does not yet."""
+    table = nf4.dynamic_map()
+    boundaries = (table[:-1] + table[1:]) / 2
+    edges = torch.cat([table, boundaries, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1.0, -1.0])])
+    edges = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
+    values = torch.cat([edges, torch.rand(1 << 16) * 2 - 1, torch.randn(1 << 12).exp() * 1e-7])
+    expected = torch.bucketize(values, boundaries)
+    assert torch.equal(nf4._boundaries_below(values, boundaries), expected)
+    assert torch.equal(nf4._boundaries_below(values.view(-1, 1)[: 1 << 15], boundaries), expected.view(-1, 1)[: 1 << 15])
+
+
 # -- quantise and dequantise ---------------------------------------------------------------------------------------------------
 
 

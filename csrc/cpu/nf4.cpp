@@ -45,16 +45,25 @@ alignas(64) constexpr float HALVES[4][16] = {
 #if defined(LK_ISA_AVX512)
 LK_INLINE void encode(Vec value, uint8_t* out) {
   const __m512i one = _mm512_set1_epi32(1);
-  __m512i code = _mm512_setzero_si512();
-  for (int step = 0; step < 4; ++step) {
-    const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, _mm512_load_ps(HALVES[step])), _CMP_GT_OQ);
+  const __mmask16 upper = _mm512_cmp_ps_mask(value, broadcast(HALVES[0][0]), _CMP_GT_OQ);
+  __m512i code = _mm512_maskz_mov_epi32(upper, one);
+  Vec boundary = _mm512_mask_blend_ps(upper, broadcast(HALVES[1][0]), broadcast(HALVES[1][1]));
+  for (int step = 1;; ++step) {
+    const __mmask16 above = _mm512_cmp_ps_mask(value, boundary, _CMP_GT_OQ);
     code = _mm512_add_epi32(code, code);
     code = _mm512_mask_add_epi32(code, above, code, one);
+    if (step == 3) break;
+    boundary = _mm512_permutexvar_ps(code, _mm512_load_ps(HALVES[step + 1]));
   }
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm512_cvtepi64_epi8(pairs));
 }
-LK_INLINE Vec larger_magnitude(Vec a, Vec b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
+// The bits of the largest magnitude of whole vectors; of what is not finite they are larger than those of any number.
+LK_INLINE uint32_t largest_magnitude(const float* values, int64_t count) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += VL) most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(values + i))));
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
+}
 #elif defined(LK_ISA_AVX2)
 LK_INLINE void encode(Vec value, uint8_t* out) {
   __m256i code = _mm256_setzero_si256();
@@ -68,7 +77,13 @@ LK_INLINE void encode(Vec value, uint8_t* out) {
   const uint32_t four = static_cast<uint32_t>(_mm256_extract_epi16(spread, 0)) | static_cast<uint32_t>(_mm256_extract_epi16(spread, 8)) << 16;
   memcpy(out, &four, 4);
 }
-LK_INLINE Vec larger_magnitude(Vec a, Vec b) { return _mm256_max_ps(a, _mm256_andnot_ps(broadcast(-0.0f), b)); }
+LK_INLINE uint32_t largest_magnitude(const float* values, int64_t count) {
+  __m256i most = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += VL) most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_andnot_ps(broadcast(-0.0f), load(values + i))));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
 #else
 LK_INLINE void encode(Vec value, uint8_t* out) {
   int code[VL];
@@ -78,12 +93,13 @@ LK_INLINE void encode(Vec value, uint8_t* out) {
   }
   for (int i = 0; i < VL; i += 2) out[i / 2] = static_cast<uint8_t>(code[i] << 4 | code[i + 1]);
 }
-LK_INLINE Vec larger_magnitude(Vec a, Vec b) {
-  for (int i = 0; i < VL; ++i) {
-    const float m = b.lane[i] < 0 ? -b.lane[i] : b.lane[i];
-    if (m > a.lane[i]) a.lane[i] = m;
+LK_INLINE uint32_t largest_magnitude(const float* values, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = float_to_bits(values[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
   }
-  return a;
+  return most;
 }
 #endif
 
@@ -96,16 +112,9 @@ static void quantize_blocks(int64_t begin, int64_t end, void* context) {
     const int64_t first = block * blocksize, count = smaller(blocksize, p.count - first), padded = round_up(count, VL);
     load_row_any(weight, 0, first, count, values);
     for (int64_t i = count; i < padded; ++i) values[i] = 0.0f;
-    Vec most = zero(), bad = zero();
-    for (int64_t i = 0; i < padded; i += VL) {
-      most = larger_magnitude(most, load(values + i));
-      bad = fma(load(values + i), zero(), bad);  // NaN where a value is not finite
-    }
-    float lanes[VL], zeros[VL], absmax = 0.0f;
-    store(lanes, most);
-    store(zeros, bad);
-    for (int i = 0; i < VL; ++i) absmax = lanes[i] > absmax ? lanes[i] : absmax;
-    for (int i = 0; i < VL; ++i) absmax = zeros[i] == 0.0f ? absmax : bits_to_float(0x7f800000u);
+    constexpr uint32_t INFINITE = 0x7f800000u;
+    const uint32_t most = largest_magnitude(values, padded);
+    const float absmax = bits_to_float(most < INFINITE ? most : INFINITE);
     p.absmax[block] = absmax;
     const Vec inverse = broadcast(1.0f / (absmax > NF4_TINY ? absmax : NF4_TINY));
     uint8_t* packed = p.packed + (first >> 1);
