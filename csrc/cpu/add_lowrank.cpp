@@ -127,8 +127,9 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
   constexpr int TILED_ROWS = 4, TILED_VECS = 4;
   const bool narrow = TERMS == 2 && beside(p);
   const int64_t column_blocks = ceil_div(p.N, TILE_COLUMNS), step = rank_words(TERMS, p.R), steps = ceil_div(p.R, TILE_DEPTH);
-  Scratch scratch(WORKER, (TILE_COLUMNS / TILE_ROWS + 1) * step + TILE_ROWS * SUMS_LD + TILE_COLUMNS + 64);
-  uint32_t *panel = reinterpret_cast<uint32_t*>(scratch.next(TILE_COLUMNS / TILE_ROWS * step)), *rows_of_u = reinterpret_cast<uint32_t*>(scratch.next(step));
+  Scratch scratch(WORKER, (TILE_COLUMNS + TILE_BLOCK) / TILE_ROWS * step + TILE_ROWS * SUMS_LD + TILE_COLUMNS + 64);
+  uint32_t *panel = reinterpret_cast<uint32_t*>(scratch.next(TILE_COLUMNS / TILE_ROWS * step)), *block_of_u = reinterpret_cast<uint32_t*>(scratch.next(TILE_BLOCK / TILE_ROWS * step));
+  int64_t packed = -1;  // the block of rows that is in block_of_u: those of most tasks are the ones before
   float *sums = scratch.next(TILE_ROWS * SUMS_LD), *bias = p.bias.data ? scratch.next(TILE_COLUMNS) : nullptr;
   int16_t keep[TILED_ROWS * KEEP_LD];
   const Tiles tiles;
@@ -137,10 +138,15 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
     pack_panel<TERMS>(turned(p.v), 0, p.R, n0, round_up(valid, SOME), valid, true, panel, step);
     for (int64_t c = 0; narrow && c < round_up(valid, SOME); c += TILE_ROWS) put_beside(panel + c / TILE_ROWS * step, true);
     for (int64_t c = 0; bias && c < TILE_COLUMNS; ++c) bias[c] = c < valid ? p.scaling * load_scalar(p.bias.data, p.bias.dtype, (n0 + c) * p.bias.col_stride) : 0.0f;
+    for (int64_t m = m0; m0 != packed && m < m1; m += TILE_ROWS) {
+      uint32_t* rows_of_u = block_of_u + (m - m0) / TILE_ROWS * step;
+      pack_panel<TERMS>(turned(p.u), 0, p.R, m, TILE_ROWS, smaller(TILE_ROWS, m1 - m), false, rows_of_u, step);
+      if (narrow) put_beside(rows_of_u, false);
+    }
+    packed = m0;
     for (int64_t m = m0; m < m1; m += TILE_ROWS) {
       const int64_t rows = smaller(TILE_ROWS, m1 - m);
-      pack_panel<TERMS>(turned(p.u), 0, p.R, m, TILE_ROWS, rows, false, rows_of_u, step);
-      if (narrow) put_beside(rows_of_u, false);
+      const uint32_t* rows_of_u = block_of_u + (m - m0) / TILE_ROWS * step;
       for (int64_t c = 0; c < valid; c += SOME) (narrow ? sum_columns<TERMS, true> : sum_columns<TERMS, false>)(rows_of_u, panel + c / TILE_ROWS * step, step, steps, sums + c);
       const auto rows_from = [&](auto count, int64_t i) __attribute__((always_inline)) {
         constexpr int ROWS_AT_ONCE = decltype(count)::rows;
