@@ -113,6 +113,13 @@ def test_more_rows_than_parts_of_du_are_kept_of_at_a_time(base, adapter):
 
 
 @needs_native_cpu
+@pytest.mark.parametrize("adapter", [F32, BF16], ids=["float32", "bf16"])
+def test_more_of_du_than_is_packed_at_a_time(adapter):
+    with lk.use_backend("cpu"):
+        oracle.hold_thin(6000 if adapter == F32 else 17000, 40, 24, 257, BF16, adapter)
+
+
+@needs_native_cpu
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("R", [1, 16, 20, 40])
 def test_what_a_float32_adapter_leaves_of_a_result_is_right(R, M):

@@ -36,11 +36,12 @@ struct Grad {
   Split stripes;
   int64_t width;        // the rank, rounded up to whole vectors
   bool pairs;
-  Body tiles;           // the task where they run on tiles
+  int64_t terms;        // on tiles, of float32; 0 where they do not run there
   float* parts;         // (stripes, slab, width) of du
   float* dB;            // of each block of columns: (columns, width), or turned where pairs
   int64_t dB_floats;    // of a block
   int64_t slab, m0, m1;  // rows in hand
+  uint32_t* packed = nullptr;  // on tiles: u of these rows, or du, as left operands, ROWS_MAX of them behind each other; null where du is too long
 };
 
 // -- du and dB ---------------------------------------------------------------------------------------------------------
@@ -106,15 +107,38 @@ static void up_tasks(int64_t begin, int64_t end, void* context) {
   for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);
 }
 
+struct Packing {
+  const Grad& g;
+  const Matrix& m;
+};
+
 #ifdef LK_ISA_AMX
+
+LK_INLINE int64_t terms_of(const LowrankGrad& p, const Matrix& left, DType adapter) { return !tiled(p, left, adapter) ? 0 : whole_terms(adapter) ? 3 : 1; }
+LK_INLINE int64_t packed_block(const Grad& g) { return panel_words(g.terms, ROWS_MAX, g.p->R); }
+static int64_t packed_words(const Grad& g, int64_t rows) { return g.terms ? ceil_div(rows, ROWS_MAX) * packed_block(g) : 0; }
+
+// Every stripe meets all rows of u, or of du: they are packed once for all stripes.
+template <int TERMS>
+static void pack_tasks(int64_t begin, int64_t end, void* context) {
+  const auto& [g, m] = *static_cast<const Packing*>(context);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = g.m0 + i * ROWS_MAX, rows = smaller(ROWS_MAX, g.m1 - first);
+    pack_panel<TERMS>(m, first, rows, 0, g.p->R, g.p->R, false, g.packed + i * packed_block(g), rank_words(TERMS, rows));
+  }
+}
+static void pack(const Grad& g, const Matrix& m) {
+  Packing packing = {g, m};
+  if (g.packed && m.data) parallel_for(ceil_div(g.m1 - g.m0, ROWS_MAX), (g.m1 - g.m0) * g.p->R * g.terms, g.terms == 3 ? pack_tasks<3> : pack_tasks<1>, &packing);
+}
 
 template <int TERMS>
 static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
   const LowrankGrad& p = *g.p;
   const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width), most = larger(panel_words(TERMS, BLOCK, p.R), BLOCK * g.width);
-  Scratch scratch(WORKER, most + panel_words(TERMS, ROWS_MAX, p.R) + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + turn_floats + 80);
-  float *panel = scratch.next(most), *lines = scratch.next(panel_words(TERMS, ROWS_MAX, p.R)), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX)), *turn = scratch.next(turn_floats);
+  Scratch scratch(WORKER, most + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + turn_floats + 80);
+  float *panel = scratch.next(most), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX)), *turn = scratch.next(turn_floats);
   const auto words = [](float* at) { return reinterpret_cast<uint32_t*>(at); };
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
@@ -127,14 +151,18 @@ static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
         const int64_t rows = smaller(ROWS_MAX, g.m1 - m);
         const Rows dy = rows_of(p.dy, m, rows, n0, columns, {}, reinterpret_cast<uint16_t*>(block));
         if (p.B.data) along_tiles<TERMS>({dy, words(panel), rank_step, ceil_div(columns, TILE_DEPTH), g.parts + (t * g.slab + m - g.m0) * g.width, g.width, n0 > first}, rows, g.width);
-        if (!p.u.data) continue;
-        pack_panel<TERMS>(p.u, m, rows, 0, p.R, p.R, false, words(lines), rank_words(TERMS, rows));
-        across_tiles<TERMS>({words(lines), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
+        if (p.u.data) across_tiles<TERMS>({g.packed + (m - g.m0) / ROWS_MAX * packed_block(g), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns, words(zipped));
       }
       if (p.u.data && g.m1 == p.M) store_dB(g, n0, columns, dB, true, panel, turn);
     }
   }
 }
+static Body tile_up(const Grad& g) { return g.terms == 3 ? tile_up_tasks<3> : g.terms == 1 ? tile_up_tasks<1> : nullptr; }
+#else
+static int64_t terms_of(const LowrankGrad&, const Matrix&, DType) { return 0; }
+static int64_t packed_words(const Grad&, int64_t) { return 0; }
+static void pack(const Grad&, const Matrix&) {}
+static Body tile_up(const Grad&) { return nullptr; }
 #endif
 
 constexpr int64_t SUM_ROWS = 64;
@@ -154,18 +182,19 @@ static void sum_parts(int64_t begin, int64_t end, void* context) {
 
 static void up(const LowrankGrad& p) {
   const Matrix& adapter = p.B.data ? p.B : p.dB;
-  Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, adapter), nullptr, nullptr, nullptr, 0, 0, 0, 0};
-#ifdef LK_ISA_AMX
-  if (tiled(p, p.dy, adapter.dtype)) g.tiles = whole_terms(adapter.dtype) ? tile_up_tasks<3> : tile_up_tasks<1>;
-#endif
+  Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, adapter), terms_of(p, p.dy, adapter.dtype), nullptr, nullptr, 0, 0, 0, 0};
   g.dB_floats = BLOCK_LD * g.width;
   g.slab = smaller(p.M, larger(ROWS_MAX, PART_FLOATS / (g.stripes.count * g.width) / ROWS_MAX * ROWS_MAX));
   const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? g.stripes.count * ceil_div(g.stripes.width, BLOCK) * g.dB_floats : 0;
-  Scratch scratch(CALLER, parts + dB + 16);
+  const int64_t packed = p.u.data ? packed_words(g, g.slab) : 0;
+  Scratch scratch(CALLER, parts + dB + packed + 32);
   g.parts = scratch.next(parts), g.dB = scratch.next(dB);
+  if (packed) g.packed = reinterpret_cast<uint32_t*>(scratch.next(packed));
+  const Body tiles = tile_up(g);
   for (g.m0 = 0; g.m0 < p.M; g.m0 = g.m1) {
     g.m1 = smaller(g.m0 + g.slab, p.M);
-    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, g.tiles ? g.tiles : g.pairs ? up_tasks<HAS_DOT> : up_tasks<false>, &g);
+    pack(g, p.u);
+    parallel_for(g.stripes.count, (g.m1 - g.m0) * p.N * 2 * g.width, tiles ? tiles : g.pairs ? up_tasks<HAS_DOT> : up_tasks<false>, &g);
     if (p.B.data) parallel_for(ceil_div(g.m1 - g.m0, SUM_ROWS), (g.m1 - g.m0) * g.stripes.count * g.width, sum_parts, &g);
   }
 }
@@ -210,8 +239,9 @@ static void tile_down_tasks(int64_t begin, int64_t end, void* context) {
   const LowrankGrad& p = *g.p;
   const bool dropout = p.dropout.threshold;
   const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
-  Scratch scratch(WORKER, p.R * BLOCK_LD + panel_words(TERMS, ROWS_MAX, p.R) + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + 64);
-  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(panel_words(TERMS, ROWS_MAX, p.R)), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX));
+  const int64_t own = g.packed ? 0 : panel_words(TERMS, ROWS_MAX, p.R);
+  Scratch scratch(WORKER, p.R * BLOCK_LD + own + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + 64);
+  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(own), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX));
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t last = smaller((t + 1) * g.stripes.width, p.K);
@@ -220,21 +250,27 @@ static void tile_down_tasks(int64_t begin, int64_t end, void* context) {
       for (int64_t m = 0; m < p.M; m += ROWS_MAX) {
         const int64_t rows = smaller(ROWS_MAX, p.M - m);
         const Rows x = rows_of(p.x, m, rows, k0, columns, mask, reinterpret_cast<uint16_t*>(block));
-        pack_panel<TERMS>(p.du, m, rows, 0, p.R, p.R, false, reinterpret_cast<uint32_t*>(lines), rank_words(TERMS, rows));
-        across_tiles<TERMS>({reinterpret_cast<uint32_t*>(lines), x, rows, sums, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
+        uint32_t* du = g.packed ? g.packed + m / ROWS_MAX * packed_block(g) : reinterpret_cast<uint32_t*>(lines);
+        if (!g.packed) pack_panel<TERMS>(p.du, m, rows, 0, p.R, p.R, false, du, rank_words(TERMS, rows));
+        across_tiles<TERMS>({du, x, rows, sums, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
       }
       for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, sums + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);
     }
   }
 }
+static Body tile_down(const Grad& g) { return g.terms == 3 ? tile_down_tasks<3> : g.terms == 1 ? tile_down_tasks<1> : nullptr; }
+#else
+static Body tile_down(const Grad&) { return nullptr; }
 #endif
 
 static void down(const LowrankGrad& p) {
-  Grad g = {&p, split(p.K), 0, paired(p.x, p.B), nullptr, nullptr, nullptr, 0, 0, 0, 0};
-#ifdef LK_ISA_AMX
-  if (tiled(p, p.x, p.B.dtype)) g.tiles = whole_terms(p.B.dtype) ? tile_down_tasks<3> : tile_down_tasks<1>;
-#endif
-  parallel_for(g.stripes.count, p.M * p.K * p.R, g.tiles ? g.tiles : g.pairs ? down_tasks<HAS_DOT> : down_tasks<false>, &g);
+  Grad g = {&p, split(p.K), 0, paired(p.x, p.B), terms_of(p, p.x, p.B.dtype), nullptr, nullptr, 0, 0, 0, p.M};
+  const int64_t packed = packed_words(g, p.M), fits = packed <= SCRATCH_KEPT ? packed : 0;
+  Scratch scratch(CALLER, fits);
+  if (fits) g.packed = reinterpret_cast<uint32_t*>(scratch.at);
+  pack(g, p.du);
+  const Body tiles = tile_down(g);
+  parallel_for(g.stripes.count, p.M * p.K * p.R, tiles ? tiles : g.pairs ? down_tasks<HAS_DOT> : down_tasks<false>, &g);
 }
 
 }  // namespace
