@@ -30,7 +30,7 @@ test: $(BIN)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(BIN)/.test
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" $(ARGS) | tee /dev/stderr | $(BIN)/python tests/summary.py > tests/SUMMARY.txt
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" $(ARGS) | tee -a /dev/stderr | $(BIN)/python tests/summary.py > tests/SUMMARY.txt
 
 $(BIN)/.torch: .ci/setup_torch.py
 	@echo "== making $(VENV) with torch"
