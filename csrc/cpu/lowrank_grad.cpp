@@ -137,8 +137,8 @@ static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
   const LowrankGrad& p = *g.p;
   const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width), most = larger(panel_words(TERMS, BLOCK, p.R), BLOCK * g.width);
-  Scratch scratch(WORKER, most + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + turn_floats + 80);
-  float *panel = scratch.next(most), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX)), *turn = scratch.next(turn_floats);
+  Scratch scratch(WORKER, most + rows_floats(ROWS_MAX) + rank_words(4, ROWS_MAX) + turn_floats + 80);
+  float *panel = scratch.next(most), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(4, ROWS_MAX)), *turn = scratch.next(turn_floats);
   const auto words = [](float* at) { return reinterpret_cast<uint32_t*>(at); };
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
@@ -240,8 +240,8 @@ static void tile_down_tasks(int64_t begin, int64_t end, void* context) {
   const bool dropout = p.dropout.threshold;
   const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
   const int64_t own = g.packed ? 0 : panel_words(TERMS, ROWS_MAX, p.R);
-  Scratch scratch(WORKER, p.R * BLOCK_LD + own + rows_floats(ROWS_MAX) + rank_words(2, ROWS_MAX) + 64);
-  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(own), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(2, ROWS_MAX));
+  Scratch scratch(WORKER, p.R * BLOCK_LD + own + rows_floats(ROWS_MAX) + rank_words(4, ROWS_MAX) + 64);
+  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(own), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(4, ROWS_MAX));
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t last = smaller((t + 1) * g.stripes.width, p.K);

@@ -1,7 +1,8 @@
 // Thin products on tile registers (tiles.h), where one side is bfloat16. What else is float32 goes in as TERMS bfloat16 that add up to it:
 // three, of which a product keeps every bit, or one, rounded, where the adapter is bfloat16 itself.
 //
-// A sum runs over the depth in its order, block by block, and the terms' sums of a block are added first: bits do not depend on a row's place.
+// A sum runs over the depth in its order, all terms of a step after each other, block by block: bits do not depend on a row's place. Terms share
+// their sums' tiles, so that four of these meet what is loaded.
 #pragma once
 #ifdef LK_ISA_AMX
 #include "pairs.h"
@@ -123,15 +124,22 @@ struct AlongTiles {
   bool add;  // to what is in out
 };
 
+// The tile of sums C += left * right, for each of the right side's terms, or of the left one's
 template <int C, int TERMS>
-LK_INLINE void meet_block(const uint16_t* a, int64_t ld, const uint32_t* b) {
-  load_tile<6>(a, ld * 2);
-  if (TERMS > 1 || C == 0) load_tile<7>(b);
-  dot<C, 6, 7>();
-  if constexpr (TERMS == 3) {
-    load_tile<7>(b + TILE_WORDS), dot<C + 1, 6, 7>();
-    load_tile<7>(b + 2 * TILE_WORDS), dot<C + 2, 6, 7>();
-  }
+LK_INLINE void meet_right() {
+  dot<C, 4, 5>();
+  if constexpr (TERMS == 3) dot<C, 4, 6>(), dot<C, 4, 7>();
+}
+template <int C, int TERMS>
+LK_INLINE void meet_left() {
+  dot<C, 5, 4>();
+  if constexpr (TERMS == 3) dot<C, 6, 4>(), dot<C, 7, 4>();
+}
+// All terms of a step
+template <int TERMS>
+LK_INLINE void load_terms(const uint32_t* from) {
+  load_tile<5>(from);
+  if constexpr (TERMS == 3) load_tile<6>(from + TILE_WORDS), load_tile<7>(from + 2 * TILE_WORDS);
 }
 
 // The first COUNT tiles to memory
@@ -146,40 +154,35 @@ LK_INLINE void zero_tiles() {
   zero_tile<COUNT - 1>();
 }
 
-// The terms' sum, smallest first
-template <int TERMS>
-LK_INLINE Vec sum_of(const float* sums, int64_t apart) {
-  if constexpr (TERMS == 3) return add(add(load(sums + 2 * apart), load(sums + apart)), load(sums));
-  return load(sums);
-}
-
 template <int BLOCKS, int TERMS>
 static void along_blocks(const AlongTiles<TERMS>& g, int64_t m, int64_t rows, int64_t r) {
   const uint16_t* a = g.a.at + m * g.a.ld;
   const uint32_t* b = g.panel + r / TILE_ROWS * g.rank_step;
   const int64_t ld = g.a.ld, block = TILE_ROWS * ld;
-  zero_tiles<BLOCKS * TERMS>();
+  zero_tiles<BLOCKS>();
   for (int64_t s = 0; s < g.steps; ++s, a += TILE_DEPTH, b += TERMS * TILE_WORDS) {
-    meet_block<0, TERMS>(a, ld, b);
-    if constexpr (BLOCKS > 1) meet_block<TERMS, TERMS>(a + block, ld, b);
-    if constexpr (BLOCKS > 2) meet_block<2 * TERMS, TERMS>(a + 2 * block, ld, b), meet_block<3 * TERMS, TERMS>(a + 3 * block, ld, b);
+    load_terms<TERMS>(b);
+    load_tile<4>(a, ld * 2), meet_right<0, TERMS>();
+    if constexpr (BLOCKS > 1) load_tile<4>(a + block, ld * 2), meet_right<1, TERMS>();
+    if constexpr (BLOCKS > 2) load_tile<4>(a + 2 * block, ld * 2), meet_right<2, TERMS>();
+    if constexpr (BLOCKS > 3) load_tile<4>(a + 3 * block, ld * 2), meet_right<3, TERMS>();
   }
-  alignas(64) float sums[BLOCKS * TERMS * TILE_FLOATS];
-  store_tiles<BLOCKS * TERMS>(sums);
+  alignas(64) float sums[BLOCKS * TILE_FLOATS];
+  store_tiles<BLOCKS>(sums);
   for (int64_t i = 0; i < smaller(BLOCKS * TILE_ROWS, rows - m); ++i) {
     float* to = g.out + (m + i) * g.out_ld + r;
-    const Vec total = sum_of<TERMS>(sums + i / TILE_ROWS * TERMS * TILE_FLOATS + i % TILE_ROWS * VL, TILE_FLOATS);
+    const Vec total = load(sums + i * VL);
     store(to, g.add ? add(load(to), total) : total);
   }
 }
 
 template <int TERMS>
 static void along_tiles(const AlongTiles<TERMS>& g, int64_t rows, int64_t width) {
-  constexpr int MOST = TERMS == 1 ? 4 : 2;
   for (int64_t r = 0; r < width; r += TILE_ROWS) {
     int64_t m = 0;
-    for (; rows - m > (MOST - 1) * TILE_ROWS; m += MOST * TILE_ROWS) along_blocks<MOST, TERMS>(g, m, rows, r);
-    for (; m < rows; m += TILE_ROWS) along_blocks<1, TERMS>(g, m, rows, r);
+    for (; rows - m > 3 * TILE_ROWS; m += 4 * TILE_ROWS) along_blocks<4, TERMS>(g, m, rows, r);
+    for (; rows - m > TILE_ROWS; m += 2 * TILE_ROWS) along_blocks<2, TERMS>(g, m, rows, r);
+    if (rows > m) along_blocks<1, TERMS>(g, m, rows, r);
   }
 }
 
@@ -195,40 +198,48 @@ struct AcrossTiles {
   bool add;  // to what is in out
 };
 
-// Some rows of 2 * TILE_ROWS columns as right operands: two tiles for each TILE_DEPTH, in zip's order.
-static void zip_tiles(const uint16_t* a, int64_t ld, int64_t depth, __mmask32 columns, uint32_t* out) {
-  static const uint16_t nothing[2 * VL] = {};
+constexpr int64_t ZIPPED = 4 * TILE_ROWS;  // columns that are zipped at a time
+
+// Some rows of ZIPPED columns as right operands: four tiles for each TILE_DEPTH, two and two in zip's order.
+static void zip_tiles(const uint16_t* a, int64_t ld, int64_t depth, int64_t columns, uint32_t* out) {
+  static const uint16_t nothing[ZIPPED] = {};
+  const auto first = [](int64_t count) { return count >= 2 * VL ? ~0u : count > 0 ? (1u << count) - 1 : 0; };
+  const __mmask32 valid[2] = {first(columns), first(columns - 2 * VL)};
   for (int64_t d = 0; d < round_up(depth, TILE_DEPTH); d += 2, a += 2 * ld) {
-    const Two both = zip(d < depth ? a : nothing, d + 1 < depth ? a + ld : nothing, columns);
-    float* to = reinterpret_cast<float*>(out + d / TILE_DEPTH * 2 * TILE_WORDS + d % TILE_DEPTH / 2 * VL);
-    store(to, both.low), store(to + TILE_WORDS, both.high);
+    const uint16_t *low = d < depth ? a : nothing, *high = d + 1 < depth ? a + ld : nothing;
+    float* to = reinterpret_cast<float*>(out + d / TILE_DEPTH * 4 * TILE_WORDS + d % TILE_DEPTH / 2 * VL);
+    for (int half = 0; half < 2; ++half, to += 2 * TILE_WORDS) {
+      const Two both = zip(low + half * 2 * VL, high + half * 2 * VL, valid[half]);
+      store(to, both.low), store(to + TILE_WORDS, both.high);
+    }
   }
 }
 
 template <int TERMS>
 static void across_tiles(const AcrossTiles<TERMS>& g, int64_t R, int64_t columns, uint32_t* zipped) {
   const int64_t steps = ceil_div(g.depth, TILE_DEPTH);
-  for (int64_t c = 0; c < columns; c += 2 * VL) {
-    zip_tiles(g.a.at + c, g.a.ld, g.depth, columns - c < 2 * VL ? (1u << (columns - c)) - 1 : ~0u, zipped);
+  for (int64_t c = 0; c < columns; c += ZIPPED) {
+    zip_tiles(g.a.at + c, g.a.ld, g.depth, columns - c, zipped);
     const uint32_t* p = g.p;
+    const bool all = columns - c > ZIPPED / 2;
     for (int64_t r = 0; r < R; r += TILE_ROWS) {
-      zero_tiles<2 * TERMS>();
+      zero_tiles<4>();
       const uint32_t* b = zipped;
-      for (int64_t s = 0; s < steps; ++s, p += TERMS * TILE_WORDS, b += 2 * TILE_WORDS) {
-        load_tile<6>(b), load_tile<7>(p), dot<0, 7, 6>();
-        if constexpr (TERMS == 3) load_tile<7>(p + TILE_WORDS), dot<1, 7, 6>(), load_tile<7>(p + 2 * TILE_WORDS), dot<2, 7, 6>();
-        load_tile<6>(b + TILE_WORDS);
-        if constexpr (TERMS == 3) dot<5, 7, 6>(), load_tile<7>(p + TILE_WORDS), dot<4, 7, 6>(), load_tile<7>(p);
-        dot<TERMS, 7, 6>();
+      for (int64_t s = 0; s < steps; ++s, p += TERMS * TILE_WORDS, b += 4 * TILE_WORDS) {
+        load_terms<TERMS>(p);
+        load_tile<4>(b), meet_left<0, TERMS>(), load_tile<4>(b + TILE_WORDS), meet_left<1, TERMS>();
+        if (all) load_tile<4>(b + 2 * TILE_WORDS), meet_left<2, TERMS>(), load_tile<4>(b + 3 * TILE_WORDS), meet_left<3, TERMS>();
       }
-      alignas(64) float sums[2 * TERMS * TILE_FLOATS];
-      store_tiles<2 * TERMS>(sums);
-      for (int64_t i = 0; i < smaller(TILE_ROWS, R - r); ++i) {
-        float* to = g.out + (r + i) * g.out_ld + c;
-        const Two total = in_order(sum_of<TERMS>(sums + i * VL, TILE_FLOATS), sum_of<TERMS>(sums + TERMS * TILE_FLOATS + i * VL, TILE_FLOATS));
-        store(to, g.add ? add(load(to), total.low) : total.low);
-        store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
-      }
+      alignas(64) float sums[4 * TILE_FLOATS];
+      store_tiles<4>(sums);
+      for (int64_t i = 0; i < smaller(TILE_ROWS, R - r); ++i)
+        for (int64_t half = 0; half < (all ? 2 : 1); ++half) {
+          float* to = g.out + (r + i) * g.out_ld + c + half * 2 * VL;
+          const float* from = sums + half * 2 * TILE_FLOATS + i * VL;
+          const Two total = in_order(load(from), load(from + TILE_FLOATS));
+          store(to, g.add ? add(load(to), total.low) : total.low);
+          store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
+        }
     }
   }
 }
