@@ -51,6 +51,7 @@ FAULTS = [
     ("thin_half.cuh", "if (0 < width && e < depth) {", "if (0 < width) {"),
     ("thin_half.cuh", "if (i < width && e < depth) v[i][e]", "if (i < width) v[i][e]"),
     ("thin_half.cuh", "row_of(t, i) < left && r + j < u.ranks ?", "row_of(t, i) < left ?"),
+    ("thin_half.cuh", "row_of(t, i) < left && r + j < u.ranks ?", "r + j < u.ranks ?"),
     ("add_lowrank_half.cu", "p.bias.data && column < N ?", "p.bias.data ?"),
 ]
 
