@@ -128,8 +128,10 @@ def dynamic_map():
 
 
 def _boundaries_below(values, boundaries):
-    """How many of the sorted boundaries lie below each value, which is finite, int64: torch.bucketize, which takes 35 ns for a value. Of many, each looks up
-    the count of the least float with its upper sixteen bits, among which lies one boundary at most, and is compared with that one: 12 ns."""
+    """How many of the sorted boundaries (float32) lie below each value (float32, finite), as int64 in values' shape.
+
+    That is torch.bucketize, which takes 35 ns for a value. Of many, each looks up the count of the least float with its upper sixteen
+    bits, among which one boundary of dynamic_map's lies at most, and is compared with that one: 12 ns."""
     if values.numel() < 1 << 16:
         return torch.bucketize(values, boundaries)
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16  # negative ones first

@@ -36,7 +36,7 @@ struct Grad {
   Split stripes;
   int64_t width;        // the rank, rounded up to whole vectors
   bool pairs;
-  int64_t terms;        // on tiles, of float32; 0 where they do not run there
+  int64_t terms;        // that u and B, or du, go in as on tiles (thin_tiles.h); 0 where the products do not run on them
   float* parts;         // (stripes, slab, width) of du
   float* dB;            // of each block of columns: (columns, width), or turned where pairs
   int64_t dB_floats;    // of a block
@@ -107,11 +107,6 @@ static void up_tasks(int64_t begin, int64_t end, void* context) {
   for (int64_t t = begin; t < end; ++t) up_stripe<PAIRS>(g, t, panel, block, lines, turn);
 }
 
-struct Packing {
-  const Grad& g;
-  const Matrix& m;
-};
-
 #ifdef LK_ISA_AMX
 
 LK_INLINE int64_t terms_of(const LowrankGrad& p, const Matrix& left, DType adapter) { return !tiled(p, left, adapter) ? 0 : whole_terms(adapter) ? 3 : 1; }
@@ -119,6 +114,10 @@ LK_INLINE int64_t packed_block(const Grad& g) { return panel_words(g.terms, ROWS
 static int64_t packed_words(const Grad& g, int64_t rows) { return g.terms ? ceil_div(rows, ROWS_MAX) * packed_block(g) : 0; }
 
 // Every stripe meets all rows of u, or of du: they are packed once for all stripes.
+struct Packing {
+  const Grad& g;
+  const Matrix& m;  // u or du
+};
 template <int TERMS>
 static void pack_tasks(int64_t begin, int64_t end, void* context) {
   const auto& [g, m] = *static_cast<const Packing*>(context);

@@ -48,7 +48,7 @@ LK_INLINE void encode(Vec value, uint8_t* out) {
   const __mmask16 upper = _mm512_cmp_ps_mask(value, broadcast(HALVES[0][0]), _CMP_GT_OQ);
   __m512i code = _mm512_maskz_mov_epi32(upper, one);
   Vec boundary = _mm512_mask_blend_ps(upper, broadcast(HALVES[1][0]), broadcast(HALVES[1][1]));
-  for (int step = 1;; ++step) {
+  for (int step = 1;; ++step) {  // the first step and the second one's boundaries need no lookup
     const __mmask16 above = _mm512_cmp_ps_mask(value, boundary, _CMP_GT_OQ);
     code = _mm512_add_epi32(code, code);
     code = _mm512_mask_add_epi32(code, above, code, one);

@@ -254,7 +254,7 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// The last thread to end has so many tasks; of widths with which it ends soonest, the widest.
+// How wide tasks are: threads take equal counts of them, so of the widths that leave the busiest thread the least to do, the widest.
 static int64_t columns_of_task(int64_t columns) {
   int64_t best = 0, least = 0;
   for (int64_t wide = UNIT; wide <= COLUMNS_MOST; wide += UNIT) {
