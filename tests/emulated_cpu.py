@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NO_SIMDE = "SIMDe's headers are not installed (Debian: libsimde-dev)"
 
 
 def simde():
@@ -34,34 +35,33 @@ def tiles_alone():
 
 def why_not():
     if simde() is None and not tiles_alone():
-        return "SIMDe's headers are not installed (Debian: libsimde-dev)"
+        return NO_SIMDE
     if shutil.which("g++") is None or not (ROOT / "csrc").exists() or importlib.util.find_spec("pybind11") is None:
         return "needs the source tree, g++ and pybind11"
     return None if os.uname().machine == "x86_64" else "is for x86-64"
 
 
-def build():
-    """The module's path; kept by the hash of its sources."""
+def build(isa, tiles=tiles_alone()):
+    """The path of a module with this instruction set alone; kept by the hash of its sources. tiles: what else it needs, the processor has."""
     import pybind11
 
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cpu").iterdir()), *sorted(csrc.glob("*.h")), *sorted((csrc / "bindings").iterdir()), csrc / "emulation" / "avx512_emulation.h", Path(__file__)]
-    key = hashlib.sha256("".join([*(path.read_text() for path in sources), sysconfig.get_config_var("EXT_SUFFIX"), str(tiles_alone())]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("".join([*(path.read_text() for path in sources), sysconfig.get_config_var("EXT_SUFFIX"), isa, str(tiles)]).encode()).hexdigest()[:16]
     folder = ROOT / ".cache" / f"emulated-cpu-{key}"
     module = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
     work = folder / str(os.getpid())
     work.mkdir(parents=True, exist_ok=True)
-    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DLK_X86"]
-    command += ["-DLK_TILE_EMULATION", "-march=native"] if tiles_alone() else ["-DLK_AVX512_EMULATION", "-mavx2", "-mfma", "-mf16c", f"-I{simde()}"]
+    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DLK_X86", f"-DLK_EMULATED_ISA={isa}"]
+    command += ["-DLK_TILE_EMULATION", "-march=native"] if tiles else ["-DLK_AVX512_EMULATION", "-mavx2", "-mfma", "-mf16c", f"-I{simde()}"]
     command += [f"-I{place}" for place in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    jobs = [(path, [], path.stem) for path in (csrc / "bindings" / "cpu.cpp", csrc / "cpu" / "dispatch.cpp", csrc / "cpu" / "multi.cpp", csrc / "cpu" / "parallel.cpp", csrc / "cpu" / "scratch.cpp")]
-    kernels = ("add_lowrank", "linear", "lowrank_down", "lowrank_grad", "nf4", "nf4_linear", "nf4_product")
-    jobs += [(csrc / "cpu" / f"{name}.cpp", [f"-DLK_ISA_{isa.upper()}"], f"{name}_{isa}") for isa in ("portable", "avx2", "avx512", "avx512bf16", "amx") for name in kernels]
+    jobs = [(csrc / "cpu" / f"{name}.cpp", [f"-DLK_ISA_{isa.upper()}"]) for name in ("add_lowrank", "nf4_linear", "linear", "lowrank_down", "lowrank_grad", "nf4", "nf4_product")]
+    jobs += [(path, []) for path in (csrc / "bindings" / "cpu.cpp", *(csrc / "cpu" / f"{name}.cpp" for name in ("dispatch", "multi", "parallel", "scratch")))]
     running, objects = [], []
-    for source, flags, name in jobs:  # a few compilers at a time
-        objects.append(work / f"{name}.o")
+    for source, flags in jobs:  # a few compilers at a time
+        objects.append(work / f"{source.stem}.o")
         running.append(subprocess.Popen([*command, *flags, "-c", source, "-o", objects[-1]]))
         if len(running) == (os.cpu_count() or 1):
             assert running.pop(0).wait() == 0
@@ -73,8 +73,8 @@ def build():
 
 
 def install():
-    """Put it where backends.native looks."""
-    spec = importlib.util.spec_from_file_location("lorakernels._cpu", build())
+    """Put the one of LORAKERNELS_CPU_ISA where backends.native looks."""
+    spec = importlib.util.spec_from_file_location("lorakernels._cpu", build(os.environ["LORAKERNELS_CPU_ISA"]))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["lorakernels._cpu"] = module

@@ -20,6 +20,22 @@ def command(*arguments, **environment):
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The status and the words with which a command line is refused: it runs in this process, for another takes seconds to begin."""
+
+    def run(*arguments):
+        from benchmarks import __main__
+
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            sys.exit(__main__.main())
+        said = caught.value.code
+        return (said, capsys.readouterr().err) if isinstance(said, int) else (1, said)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """(folder, output) of a small run with everything that it can leave."""
@@ -72,13 +88,13 @@ def test_resumed_rows_stay_with_their_sitting(tiny, tmp_path):
     assert f"{before['header']['date']}, load {before['header']['load']}: 1 rows, with these ceilings" in said and "1 rows did not fit the budget" in said
 
 
-def test_bad_arguments_are_named():
-    done = command("run", "--shapes", "gpt5")
-    assert done.returncode == 2 and "expected some of design,llama3-8b" in done.stderr and "'gpt5'" in done.stderr
+def test_bad_arguments_are_named(refused):
+    status, words = refused("run", "--shapes", "gpt5")
+    assert status == 2 and "expected some of design,llama3-8b" in words and "'gpt5'" in words
+    status, words = refused("run", "--op", "model", "--shapes", "awkward")
+    assert status == 1 and "no row" in words
     done = command("list", "--op", "multi", "--shapes", "qwen2.5-7b", "--tokens", "8")
     assert done.returncode == 0 and "8 x 3584→18944 r16 64 adapters distinct" in done.stdout
-    done = command("run", "--op", "model", "--shapes", "awkward")
-    assert done.returncode == 1 and "no row" in done.stderr
     done = command("run", *TINY, "--passes", "1", "--baseline", "addmm,Nobody")
     assert done.returncode == 1 and "--baseline: nobody is called Nobody; there are Liger, " in done.stderr and "addmm_" in done.stdout
 
@@ -101,14 +117,10 @@ def test_bad_arguments_are_named():
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
-def test_numbers_and_files_that_are_none_are_named(arguments, words, monkeypatch, capsys):
+def test_numbers_and_files_that_are_none_are_named(arguments, words, refused):
     """Before anything is measured, and with another status than a regression's."""
-    from benchmarks import __main__
-
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        __main__.main()
-    assert caught.value.code == 2 and words in capsys.readouterr().err
+    status, said = refused(*arguments)
+    assert status == 2 and words in said
 
 
 # -- what is wrong, and what is slower ------------------------------------------------------------------------------------------------

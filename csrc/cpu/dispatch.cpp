@@ -18,7 +18,10 @@ namespace {
 
 #define LK_KERNELS(isa) \
   {#isa, isa::add_lowrank, isa::lowrank_down, isa::lowrank_grad, isa::linear, isa::dequantize_nf4, isa::quantize_nf4, isa::nf4_linear, isa::nf4_product}
-#ifdef LK_X86
+#ifdef LK_EMULATED_ISA  // for tests: what is emulated alone
+#define LK_EMULATED(isa) LK_KERNELS(isa)
+const Kernels every[] = {LK_EMULATED(LK_EMULATED_ISA)};
+#elif defined(LK_X86)
 const Kernels every[] = {LK_KERNELS(portable), LK_KERNELS(avx2), LK_KERNELS(avx512),
 #ifndef LK_NO_AVX512BF16
                          LK_KERNELS(avx512bf16),

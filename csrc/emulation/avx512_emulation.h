@@ -94,6 +94,13 @@ static inline simde__m512i mulhi_epu16(simde__m512i a, simde__m512i b) {
   return a;
 }
 
+static inline int32_t reduce_max_epi32(simde__m512i a) {
+  int32_t x[16];
+  memcpy(x, &a, sizeof x);
+  for (int i = 1; i < 16; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
+  return x[0];
+}
+
 static inline simde__m512i maskz_loadu_epi16(simde__mmask32 mask, const void* from) {
   uint16_t out[32] = {};
   for (int i = 0; i < 32; ++i)
@@ -137,6 +144,7 @@ static inline simde__mmask16 subnormal(simde__m512 a) {
 #undef _mm512_cvtps_ph
 #undef _mm512_dpbf16_ps
 #undef _mm512_mulhi_epu16
+#undef _mm512_reduce_max_epi32
 #define _mm512_cvtepu8_epi32(a) lk::emulation::converted<int32_t, uint8_t, simde__m512i>(a, 16)
 #define _mm512_cvtne2ps_pbh(high, low) lk::emulation::cvtne2ps_pbh(high, low)
 #define _mm512_cvtneps_pbh(a) simde_mm512_extracti64x4_epi64(lk::emulation::cvtne2ps_pbh(a, a), 0)
@@ -151,3 +159,4 @@ static inline simde__mmask16 subnormal(simde__m512 a) {
 #define _mm512_cvtps_ph(a, rounding) lk::emulation::cvtps_ph(a)
 #define _mm512_dpbf16_ps(sum, a, b) lk::emulation::dpbf16_ps(sum, a, b)
 #define _mm512_mulhi_epu16(a, b) lk::emulation::mulhi_epu16(a, b)
+#define _mm512_reduce_max_epi32(a) lk::emulation::reduce_max_epi32(a)
