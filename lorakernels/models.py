@@ -145,9 +145,12 @@ def _forget_quantiser(model):
 
 
 def check_model(model):
-    """TypeError unless it is an nn.Module."""
+    """TypeError unless it is an nn.Module; ValueError where a parameter waits for its shape."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"model: {name} has no shape yet (a lazy module's); run a batch through the model first")
 
 
 def check_pattern_values(argument, patterns):

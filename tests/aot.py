@@ -63,27 +63,26 @@ class Job:
 
 
 def jobs():
-    """Every kernel x dtypes x configuration that the tables can return. `quick` is what `make test` compiles. What a flag
+    """Every kernel x dtypes x configuration that the tables can return. `quick` is what `make test` compiles: of most kernels the largest tile. What a flag
     adds to a kernel (a mask, a bias) is compiled in its largest form for float16, in each form for the others."""
     for base, adapter in MIXES:
         (_, x), (_, a) = DTYPES[base], DTYPES[adapter]
         half, count = base != torch.float32, {"MODE": mode(base, adapter)}
         named = count | {"DTYPE": DTYPES[adapter][0]}
-        sides = lambda every: (every[0], every[-1])  # noqa: E731
         forms = (True,) if base == torch.float16 else (True, False)
         for dropout in forms:
             for tile in (every := tiles.every_lowrank_down(half)):
                 yield Job(kernels.lowrank_down, base, adapter, tile, {"x": f"*{x}", "A": f"*{a}", "seed": "*i64", "u": "*fp32"},
                           count | {"DROPOUT": dropout, "X_TERMS": terms(base)}, ("stride_xk", "stride_ak"),
-                          common=dropout and tile in sides(every))  # fmt: skip
+                          common=dropout and tile == every[-1])  # fmt: skip
             for bias in forms:
                 for tile in (every := tiles.every_add_lowrank(half)):
                     yield Job(kernels.add_lowrank, base, adapter, tile, {"y": f"*{x}", "u": "*fp32", "v": f"*{a}", "bias": f"*{a}", "seed": "*i64"},
                               count | {"HAS_BIAS": bias, "DROPOUT": dropout}, ("stride_vr",),
-                              common=dropout and bias and tile in sides(every))  # fmt: skip
+                              common=dropout and bias and tile == every[-1])  # fmt: skip
             for tile in (every := tiles.every_lowrank_grad_down(half)):
                 yield Job(kernels.lowrank_grad_down, base, adapter, tile, {"x": f"*{x}", "du": "*fp32", "seed": "*i64", "dA_parts": "*fp32"},
-                          named | {"DROPOUT": dropout, "X_TERMS": terms(base)}, ("stride_xk",), common=dropout and tile in sides(every))  # fmt: skip
+                          named | {"DROPOUT": dropout, "X_TERMS": terms(base)}, ("stride_xk",), common=dropout and tile == every[-1])  # fmt: skip
             for hopper, turned, biases in itertools.product((False, True), (False, True), (False, True)):
                 if (turned and not hopper) or (dropout and biases):
                     continue  # pointers and strides are one kernel; a mask is drawn for dx, which has no biases
@@ -100,7 +99,7 @@ def jobs():
             for tile in (every := tiles.every_lowrank_grad_up(half)):
                 yield Job(kernels.lowrank_grad_up, base, adapter, tile, {"dy": f"*{x}", "u": "*fp32", "B": f"*{a}", "du": "*fp32", "dB_parts": "*fp32"},
                           named | {"NEED_DU": need_du, "NEED_DB": need_dB, "Y_TERMS": terms(base)}, ("stride_yn", "stride_br"),
-                          common=need_du and need_dB and tile in sides(every))  # fmt: skip
+                          common=need_du and need_dB and tile == every[-1])  # fmt: skip
     routed = {"order": "*i64", "starts": "*i64", "tiles": "*i64", "ranks": "*i64", "pages": "*i64", "seed": "*i64", "thresholds": "*i32", "scaling": "*fp32"}
     for base, adapter in MIXES:
         (_, x), (_, a), half = DTYPES[base], DTYPES[adapter], base != torch.float32

@@ -173,6 +173,15 @@ def test_what_is_not_a_model(call):
         call()
 
 
+@pytest.mark.parametrize("change", [lambda model: lk.apply_lora(model, r=2, target_modules="all-linear"), lambda model: lk.apply_multi_lora(model, num_adapters=2), lambda model: lk.AdapterPool(model, 8)])
+def test_a_model_whose_shapes_are_not_known_yet(change):
+    model = nn.Sequential(nn.Linear(8, 6), nn.LazyLinear(4))
+    modules = list(model)
+    with pytest.raises(ValueError, match="model: 1.weight has no shape yet"):
+        change(model)
+    assert list(model) == modules and all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("call", [lk.merge_adapters, lambda m: lk.save_adapter(m, "nowhere"), lambda m: lk.disable_adapters(m).__enter__()])
 def test_model_without_adapters(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
