@@ -203,7 +203,7 @@ def from_bnb(state_dict, key):
 
 def from_quant_state(data, quant_state, name="weight"):
     """The NF4Tensor of a live Params4bit: its data and its QuantState, or the list that old versions keep."""
-    if getattr(quant_state, "packing_format_for_cpu", False):
+    if hasattr(quant_state, "packing_format_for_cpu") and quant_state.absmax.dtype == torch.bfloat16:  # False after state_dict(), which restores the codes alone
         raise ValueError(f"{name}: a forward on the CPU has repacked its codes and rounded its scales to bfloat16; take a model over before its first forward")
     if isinstance(quant_state, (list, tuple)):
         if len(quant_state) < 6:

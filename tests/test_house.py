@@ -186,7 +186,7 @@ def native_cpu():
 def run_again(isa, *plugin):
     """The error-rule tests once more with one instruction set forced, in a process of its own."""
     chosen = "test_ranks or test_widths or test_dropout or share_x or fresh_memory or test_in_place_add or test_native_kernels_bits or same_mask"
-    nf4 = "test_shapes_and_dtypes or test_rows_across or test_layouts or boundaries or zeros or every_backend or every_block_size or any_layout or gives_bitsandbytes"
+    nf4 = "test_shapes_and_dtypes or test_rows_across or test_long_rows or test_layouts or boundaries or zeros or every_backend or every_block_size or any_layout or gives_bitsandbytes"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *plugin]
     command += [str(ROOT / "tests" / f"test_{name}.py") for name in ("lora_linear", "native_kernels", "nf4", "nf4_linear")] + ["-k", f"({chosen} or {nf4}) and not triton and not reference and not composed"]
     environment = {"LORAKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -238,12 +239,12 @@ def test_the_old_list_form_and_a_live_quant_state():
         nf4.from_quant_state(plain["weight"], [plain["weight.absmax"]])
 
 
-def test_what_bitsandbytes_has_repacked_is_refused():
-    class State:
-        packing_format_for_cpu = True
-
+@pytest.mark.parametrize("packed_now", [True, False])
+def test_what_bitsandbytes_has_repacked_is_refused(packed_now):
+    plain = golden("plain")
+    state = types.SimpleNamespace(packing_format_for_cpu=packed_now, absmax=plain["weight.absmax"].bfloat16())
     with pytest.raises(ValueError, match="before its first forward"):
-        nf4.from_quant_state(golden("plain")["weight"], State())
+        nf4.from_quant_state(plain["weight"], state)
 
 
 def test_a_live_linear4bit_is_taken_over():

@@ -10,9 +10,6 @@
 namespace lk::cpu {
 namespace {
 
-constexpr int64_t COLUMNS = 16;  // of a task
-constexpr int GROUP = 4;         // rows of x that meet a code while it is in a register
-
 // x as it is, float32: any K, and any place of the blocks.
 struct Plain {
   using Value = float;
@@ -74,26 +71,27 @@ struct Call {
   int64_t x_ld;
 };
 
+// rows <= ROWS of a group, whose number the compiler is to know
+template <int ROWS, class Form>
+static void dot_rows(int64_t rows, Scales& scales, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, int64_t x_ld, bool ahead, float* out) {
+  if (rows == ROWS) return dot_group<ROWS>(scales, form, n, columns, x, x_ld, ahead, out, COLUMNS);
+  if constexpr (ROWS > 1) dot_rows<ROWS - 1>(rows, scales, form, n, columns, x, x_ld, ahead, out);
+}
+
 template <class Form>
 static void tasks(int64_t begin, int64_t end, void* context) {
   const Call<Form>& call = *static_cast<const Call<Form>*>(context);
   const NF4Linear& p = *call.p;
   const int64_t M = p.lowrank.M;
   const Form form;
-  Scratch scratch(WORKER, Scales::floats(p.w, 2));
-  Scales scales(p.w, 2, scratch.at);
+  Scratch scratch(WORKER, Scales::floats(p.w, COLUMNS));
+  Scales scales(p.w, COLUMNS, scratch.at);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n0 = t * COLUMNS, columns = smaller(COLUMNS, p.w.N - n0);
     for (int64_t m = 0; m < M; m += GROUP) {
       const int64_t rows = smaller(GROUP, M - m);
-      const auto* x = call.x + m * call.x_ld;
       float out[GROUP][COLUMNS];
-      switch (rows) {
-        case 1: dot_group<1>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        case 2: dot_group<2>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        case 3: dot_group<3>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS); break;
-        default: dot_group<GROUP>(scales, form, n0, columns, x, call.x_ld, m == 0, out[0], COLUMNS);
-      }
+      dot_rows<GROUP>(rows, scales, form, n0, columns, call.x + m * call.x_ld, call.x_ld, m == 0, out[0]);
       for (int64_t r = 0; r < rows; ++r) store_sums(p.lowrank.y, p.bias, m + r, n0, columns, out[r]);
     }
   }

@@ -103,7 +103,12 @@ static void dot_lanes(const NF4Weight& w, const Form& form, int64_t n, const typ
 // The same where K is a multiple of RUN and RUN neighbours are of one block, for COLS rows of W at once, which share what is loaded of x.
 constexpr int64_t RUN = 64;
 constexpr int RUN_SHIFT = 6;
-constexpr int64_t NEAR = 24 << 10;  // bytes that leave the first cache some room
+// bytes of x that stay within the first cache: on a Zen 5 4 rows of K = 14336 take 0.55 of the time, float32 with AVX-512 0.65. Decoding with AVX2
+// takes longer than x's way from the second cache, and parts only cost.
+constexpr int64_t NEAR = (VL == 8 ? 256 : 32) << 10;
+constexpr int64_t AHEAD_BYTES = 8 << 10;  // of W that are brought in before they are needed: 4 rows of K = 4096 take 0.88 of the time of half as many there
+constexpr int64_t COLUMNS = 16;  // of a task of few rows
+constexpr int GROUP = 4;         // rows of x that meet a code while it is in a register
 
 LK_INLINE bool in_runs(const NF4Weight& w) { return w.K % RUN == 0 && w.block_shift >= RUN_SHIFT; }
 
@@ -156,20 +161,19 @@ struct Scales {
   }
 };
 
-// out[r * out_ld + c]: row n + c of W with row r of a group of x. `ahead`: the rows of W behind these are brought in.
+// sums[c][r] = or += row n + c of W with row r of a group of x, of the codes k0 ... k1 of each. ahead: what will be needed, COLS rows of W from
+// `next`, is brought in meanwhile.
 template <class Form, int ROWS, int COLS, bool NESTED>
-static void dot_runs(Scales& scales, const Form& form, int64_t n, const typename Form::Value* x, bool ahead, float* out, int64_t out_ld) {
+static void dot_runs(Scales& scales, const Form& form, int64_t n, int64_t k0, int64_t k1, const typename Form::Value* x, bool ahead, const uint8_t* next, Vec* sums) {
   constexpr int64_t STEP_RUNS = Form::STEP / RUN;  // 1 or 2
   const NF4Weight& w = scales.w;
-  const int64_t row = w.K / 2, runs = w.K / RUN, first = n * runs;
+  const int64_t row = w.K / 2, row_runs = w.K / RUN, runs = k1 / RUN, first = n * row_runs;
   const int shift = w.block_shift - RUN_SHIFT;
-  const uint8_t* absmax = w.absmax;
-  scales.prepare(first >> shift, (first + COLS * runs - 1) >> shift);
-  const uint8_t *packed = w.packed + n * row, *next = packed + COLS * row;
-  const bool near = ROWS * w.K * static_cast<int64_t>(sizeof(typename Form::Value)) + 2 * COLS * row <= NEAR;  // else they would drive x out of the first cache
-  Vec sum[ROWS][COLS];
+  const uint8_t *absmax = w.absmax, *packed = w.packed + n * row;
+  scales.prepare(first >> shift, (first + COLS * row_runs - 1) >> shift);
+  Vec sum[ROWS][COLS];  // in registers
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) sum[r][c] = zero();
+    for (int c = 0; c < COLS; ++c) sum[r][c] = k0 ? sums[c * ROWS + r] : zero();
   const auto step = [&](const Vec(&words)[COLS], int64_t i, int64_t j, const auto& scale) __attribute__((always_inline)) {
     Vec part[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r)
@@ -181,20 +185,20 @@ static void dot_runs(Scales& scales, const Form& form, int64_t n, const typename
     }
     x += ROWS * Form::STEP;
   };
-  int64_t i = 0;
+  int64_t i = k0 / RUN;
+  const bool whole_rows = k1 - k0 == w.K;  // which come one after the other, as memory likes it
+  const int64_t next_row = whole_rows ? Form::STEP / 2 : row, advance = whole_rows ? COLS * (Form::STEP / 2) : Form::STEP / 2;
   Vec words[COLS];
   const auto whole = [&](const auto& scale) __attribute__((always_inline)) {
     for (int c = 0; c < COLS; ++c) words[c] = load_words(packed + c * row + i * (RUN / 2));
-    if (ahead)
-      for (int c = 0; c < COLS; ++c, next += Form::STEP / 2)  // one row after the other, as memory likes it
-        if (near)
-          __builtin_prefetch(next);
-        else
-          __builtin_prefetch(next, 0, 2);
+    if (ahead) {
+      for (int c = 0; c < COLS; ++c) __builtin_prefetch(next + c * next_row);
+      next += advance;
+    }
     step(words, i, i + STEP_RUNS - 1, scale);
     i += STEP_RUNS;
   };
-  const auto block = [&](int c, int64_t run) __attribute__((always_inline)) { return (first + c * runs + run) >> shift; };
+  const auto block = [&](int c, int64_t run) __attribute__((always_inline)) { return (first + c * row_runs + run) >> shift; };
   const auto any = [&](int c, int64_t run) __attribute__((always_inline)) { return Scales::of<NESTED>(scales, block(c, run)); };
   while (i + STEP_RUNS <= runs) {
     int64_t stop = runs;
@@ -202,7 +206,7 @@ static void dot_runs(Scales& scales, const Form& form, int64_t n, const typename
     for (int c = 0; NESTED && c < COLS; ++c) {
       map[c] = Scales::map(scales, block(c, i));
       const int64_t second = (block(c, i) >> w.nested_shift) + 1;  // until there the map is the same
-      stop = smaller(stop, (second << w.nested_shift << shift) - first - c * runs);
+      stop = smaller(stop, (second << w.nested_shift << shift) - first - c * row_runs);
     }
     const auto same = [&](int c, int64_t run) __attribute__((always_inline)) { return NESTED ? map[c][absmax[block(c, run)]] : any(c, run); };
     if (stop < i + STEP_RUNS) whole(any);
@@ -213,20 +217,40 @@ static void dot_runs(Scales& scales, const Form& form, int64_t n, const typename
     step(words, i, i, any);
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) out[r * out_ld + c] = total(sum[r][c]);
+    for (int c = 0; c < COLS; ++c) sums[c * ROWS + r] = sum[r][c];
+}
+
+// The sums of a task's columns, which meet x a part of K at a time that stays in the first cache.
+template <class Form, int ROWS, int COLS, bool NESTED>
+static void dot_columns(Scales& scales, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, bool ahead, Vec* sums) {
+  const NF4Weight& w = scales.w;
+  const int64_t parts = ceil_div(ROWS * w.K * static_cast<int64_t>(sizeof(typename Form::Value)), NEAR), part = round_up(ceil_div(w.K, parts), Form::STEP);
+  const int64_t rows_ahead = COLS * larger(1, AHEAD_BYTES / (COLS * part / 2));
+  for (int64_t k0 = 0; k0 < w.K; k0 += part) {
+    const int64_t k1 = smaller(w.K, k0 + part);
+    for (int64_t c = 0; c < columns; c += COLS) {
+      const int64_t later = c + rows_ahead, over = later - columns;
+      const int64_t behind = over < 0 ? (n + later) * w.K + k0 : k1 < w.K ? (n + over) * w.K + k1 : (n + later) * w.K;
+      dot_runs<Form, ROWS, COLS, NESTED>(scales, form, n + c, k0, k1, x + k0 * ROWS, ahead, w.packed + behind / 2, sums + c * ROWS);
+    }
+  }
 }
 
 // out[r * out_ld + c]: rows n ... n + columns of W with ROWS rows of a group of x
 template <int ROWS, class Form>
 static void dot_group(Scales& scales, const Form& form, int64_t n, int64_t columns, const typename Form::Value* x, int64_t, bool ahead, float* out, int64_t out_ld) {
   const NF4Weight& w = scales.w;
-  int64_t c = 0;
   if (in_runs(w)) {
-    for (; c + 2 <= columns; c += 2) (w.nested ? dot_runs<Form, ROWS, 2, true> : dot_runs<Form, ROWS, 2, false>)(scales, form, n + c, x, ahead, out + c, out_ld);
-    if (c < columns) (w.nested ? dot_runs<Form, ROWS, 1, true> : dot_runs<Form, ROWS, 1, false>)(scales, form, n + c, x, ahead, out + c, out_ld);
+    constexpr int COLS = 2;
+    const int64_t whole = columns / COLS * COLS;
+    Vec sums[COLUMNS * ROWS];
+    (w.nested ? dot_columns<Form, ROWS, COLS, true> : dot_columns<Form, ROWS, COLS, false>)(scales, form, n, whole, x, ahead, sums);
+    if (whole < columns) (w.nested ? dot_columns<Form, ROWS, 1, true> : dot_columns<Form, ROWS, 1, false>)(scales, form, n + whole, 1, x, ahead, sums + whole * ROWS);
+    for (int64_t c = 0; c < columns; ++c)
+      for (int r = 0; r < ROWS; ++r) out[r * out_ld + c] = total(sums[c * ROWS + r]);
     return;
   }
-  for (; c < columns; ++c) {
+  for (int64_t c = 0; c < columns; ++c) {
     float sums[ROWS];
     dot_lanes<Form, ROWS>(w, form, n + c, x, sums);
     for (int r = 0; r < ROWS; ++r) out[r * out_ld + c] = sums[r];

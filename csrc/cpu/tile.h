@@ -103,7 +103,7 @@ static void product_columns(const Product& g, int64_t rows, int64_t j0, Ahead& n
   int64_t i = 0;
   while (i < rows) {
     const int64_t left = rows - i;
-    if (left >= ROWS && left != 8) {
+    if (left >= ROWS && (VECS == 1 || left != 8)) {  // at least eight sums, for two begin in a cycle and take four
       next.with([&](auto&& n) __attribute__((always_inline)) { product_tile<ROWS, VECS>(g, i, j0, n); });
       i += ROWS;
     } else if (left >= 4) {
