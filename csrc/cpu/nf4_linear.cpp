@@ -120,7 +120,7 @@ namespace LK_ISA_NAME {
 void nf4_linear(const NF4Linear& p) {
   const int64_t M = p.lowrank.M, K = p.w.K;
   if (M == 0) return;
-#ifdef LK_ISA_AVX512BF16
+#if defined(LK_ISA_AVX512BF16) && !defined(LK_ISA_AMX)
   if (p.x.dtype == DType::bf16 && K % 8 == 0) return run_laid_out<Pairs>(p);
 #endif
 #if defined(LK_ISA_AVX512) || defined(LK_ISA_AVX2)

@@ -18,8 +18,9 @@ struct Singles {
   LK_INLINE Value value(float x) { return x; }
 };
 
-#ifdef LK_ISA_AVX512BF16
-// In pairs of bfloat16, two products an instruction: vector j has elements 4 w + (j ^ 1), w = 0 ... 31.
+#if defined(LK_ISA_AVX512BF16) && !defined(LK_ISA_AMX)
+// In pairs of bfloat16, two products an instruction: vector j has elements 4 w + (j ^ 1), w = 0 ... 31. A processor with AMX takes as long for one such
+// instruction as for four of Singles, which take 0.95 of the time of these there for a row, 0.81 for two.
 struct Pairs {
   using Value = uint16_t;
   static constexpr int64_t WIDTH = 2 * VL, VECTORS = 4, STEP = WIDTH * VECTORS;

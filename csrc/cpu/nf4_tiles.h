@@ -16,12 +16,19 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 512;  // rows of x that are laid out at a time at most, for decoding W is paid for each time
 constexpr int64_t LAID_OUT = 8 << 20;  // bytes that they may take, for every task reads them: they stay within the last cache
-constexpr int64_t CHUNK = 4 * RUN;     // of the depth: the tiles of a UNIT stay within the first cache, x's part and the sums within the second
+constexpr int64_t CHUNK = 4 * RUN;     // of the depth that is decoded at a time, of a unit of columns
 constexpr int64_t STEPS = CHUNK / TILE_DEPTH;
-constexpr int64_t UNIT = RUN;          // columns that are decoded at a time
+// Bytes of x laid out up to which W's rows are followed along the depth, a unit of columns after the other: x stays within the second cache, W is read as
+// it lies, and the sums of two blocks of rows stay in the tiles. Of the time with one thread, 4096 -> 14336: 4 rows 0.70, 16 rows 0.89, 64 rows 0.89;
+// 14336 -> 4096: 4 rows 0.60, 16 rows 0.88; 64 rows, x in 1.8 MB, would take 1.04.
+constexpr int64_t ALONG = 1 << 20;
 constexpr int64_t COLUMNS_MOST = 320;  // of a task
 constexpr int64_t COLUMNS_MORE = 24;   // that a task costs beyond its own, about: not measured by itself
 constexpr int64_t CHUNK_WORDS = STEPS * TILE_WORDS;
+
+// Columns that are decoded at a time: a RUN where W's rows are the depth; else half of one, whose tiles leave room in the first cache for x's: without
+// them in cache 16 rows take 0.77 of the time of a whole one, 64 rows 0.78, 256 rows 0.87.
+LK_INLINE int64_t unit_of(const Call& g) { return g.turned ? RUN : RUN / 2; }
 
 // Whether all blocks of W begin with a RUN: then codes are looked up sixteen bits at a time, in the order that they come.
 LK_INLINE bool coded(const NF4Weight& w) { return in_runs(w); }
@@ -35,10 +42,29 @@ struct Order {
   }
 };
 
-// A block's sixteen values as bfloat16, for the scale that it has; as often as a vector holds them.
-LK_INLINE __m512i values_of(Vec codes, float low, float high) {
-  return (__m512i)_mm512_cvtne2ps_pbh(mul(codes, broadcast(high)), mul(codes, broadcast(low)));
+// The compiler forgets what v is: else it works with what is the same in all lanes in single ones and spreads the result, or spreads it again each time.
+LK_INLINE Vec hidden(Vec v) {
+#ifndef LK_AVX512_EMULATION
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
+
+// A block's scale in all lanes, rounded as scale_of rounds it
+template <bool NESTED>
+struct BlockScales {
+  const NF4Weight& w;
+  Vec offset;
+  explicit BlockScales(const NF4Weight& w) : w(w), offset(hidden(broadcast(NESTED ? load_float(w.nested, 0) : 0.0f))) {}
+  LK_INLINE Vec of(const BlockScales& s, int64_t block) {
+    if (!NESTED) return broadcast(load_float(s.w.absmax, block));
+    const Vec second = hidden(broadcast(load_float(s.w.nested, 257 + (block >> s.w.nested_shift))));
+    return add(mul(broadcast(load_float(s.w.nested, 1 + s.w.absmax[block])), second), s.offset);
+  }
+};
+
+// The sixteen values of two blocks as bfloat16
+LK_INLINE __m512i values_of(Vec codes, Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(mul(codes, high), mul(codes, low)); }
 
 // x's tiles: [CHUNK of the depth][block of TILE_ROWS rows][TILE_DEPTH], zeros behind its end and behind the last row.
 static void lay_out_tiles(int64_t begin, int64_t end, void* context) {
@@ -70,9 +96,9 @@ static void lay_out_tiles(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// What is wanted in the second cache next: some of it is asked for at each product, all at once would keep what is wanted now waiting. Codes
-// are, for x W, of which few stand beside each other: a whole CHUNK ahead, ms with two threads, 4096 -> 14336, dx of 4 rows 4.2 to 3.1, of 256
-// 13.1 to 11.7. x W^T has long pieces of rows: there rows ahead while decoding are better by 2 to 7 %.
+// What is wanted in the second cache next, where columns are met before the depth: some of it is asked for at each product, all at once would keep
+// what is wanted now waiting. Codes are, for x W, of which few stand beside each other: a whole CHUNK ahead, ms with two threads, 4096 -> 14336, dx
+// of 4 rows 4.2 to 3.1, of 256 13.1 to 11.7. x W^T has long pieces of rows, which decoding asks for.
 struct Next {
   const char* x;  // in order
   int64_t x_lines;
@@ -91,15 +117,18 @@ struct Next {
   }
 };
 
+// Where the sums of tiles are before and after a product: as they were left in the registers, where nobody else's came between, or in memory.
+enum class Sums { NONE, KEPT, STORED };
+
 // Sums of LEFT x RIGHT tiles += `steps` products, whose tiles lie behind each other in their blocks.
 template <int LEFT, int RIGHT>
-LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, bool add, float* sums, int64_t sums_block, Next& next) {
-  if (add) {
+LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, Sums before, Sums after, float* sums, int64_t sums_block, Next& next) {
+  if (before == Sums::STORED) {
     load_tile<0>(sums);
     if (RIGHT > 1) load_tile<1>(sums + TILE_FLOATS);
     if (LEFT > 1) load_tile<2>(sums + sums_block);
     if (LEFT > 1 && RIGHT > 1) load_tile<3>(sums + sums_block + TILE_FLOATS);
-  } else {
+  } else if (before == Sums::NONE) {
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   }
   for (int64_t s = 0; s < steps; ++s, a += TILE_WORDS, b += TILE_WORDS) {
@@ -110,6 +139,7 @@ LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, b
     if (LEFT > 1 && RIGHT > 1) dot<3, 5, 7>();
     next.bring();
   }
+  if (after != Sums::STORED) return;
   store_tile<0>(sums);
   if (RIGHT > 1) store_tile<1>(sums + TILE_FLOATS);
   if (LEFT > 1) store_tile<2>(sums + sums_block);
@@ -117,70 +147,97 @@ LK_INLINE void meet_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, b
 }
 
 // All of a's blocks with all of b's: sums[block of a][block of b].
-static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int64_t b_blocks, int64_t steps, bool add, float* sums, int64_t sums_block, Next& next) {
+static void meet_all(const uint32_t* a, int64_t a_blocks, const uint32_t* b, int64_t b_blocks, int64_t steps, Sums before, Sums after, float* sums, int64_t sums_block, Next& next) {
   for (int64_t j = 0; j < b_blocks; j += 2)
     for (int64_t i = 0; i < a_blocks; i += 2) {
       const auto meet = i + 1 < a_blocks ? (j + 1 < b_blocks ? meet_tiles<2, 2> : meet_tiles<2, 1>) : (j + 1 < b_blocks ? meet_tiles<1, 2> : meet_tiles<1, 1>);
-      meet(a + i * CHUNK_WORDS, b + j * CHUNK_WORDS, steps, add, sums + i * sums_block + j * TILE_FLOATS, sums_block, next);
+      meet(a + i * CHUNK_WORDS, b + j * CHUNK_WORDS, steps, before, after, sums + i * sums_block + j * TILE_FLOATS, sums_block, next);
     }
 }
 
-// Tiles [block of rows of W][step] of rows n0 ... n0 + columns, anything behind the last, whose sums nobody asks for: k0 ... k0 + depth of each, and zeros up to a RUN.
-static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t columns, int64_t k0, int64_t depth, uint32_t* panel) {
+LK_INLINE __m512i lookup(__m512i words, __m512i shift, __m512i values) { return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shift), values); }
+
+// A RUN of looked-up codes, whose values are the same in both halves
+LK_INLINE void decode_codes(const uint8_t* packed, __m512i values, const __m512i (&shifts)[2], uint32_t* to) {
+  const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  _mm512_store_si512(to, lookup(words, shifts[0], values)), _mm512_store_si512(to + TILE_WORDS, lookup(words, shifts[1], values));
+}
+
+// Tiles [block of rows of W][step] of rows n0 ... n0 + columns, anything behind the last, whose sums nobody asks for: k0 ... k0 + depth of each, and zeros
+// up to a RUN. ahead: bytes of W from here to what is decoded next, which is brought in.
+template <bool NESTED>
+static void decode_coded_rows(const NF4Weight& w, Vec codes, int64_t n0, int64_t columns, int64_t k0, int64_t depth, int64_t ahead, uint32_t* panel) {
   const __m512i shifts[2] = {_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1), _mm512_inserti64x4(_mm512_set1_epi16(8), _mm256_set1_epi16(12), 1)};
+  const BlockScales<NESTED> scales(w);
+  const int shift = w.block_shift;
+  int64_t first = n0 * w.K + k0;
+  for (int64_t n = 0; n < columns; ++n, first += w.K) {
+    uint32_t* to = panel + n / TILE_ROWS * CHUNK_WORDS + n % TILE_ROWS * VL;
+    const uint8_t* packed = w.packed + (first >> 1);
+    for (int64_t at = 0; at < CHUNK / 2; at += 64) __builtin_prefetch(packed + ahead + at, 0, 2);
+    const auto scale = [&](int64_t k) __attribute__((always_inline)) { return BlockScales<NESTED>::of(scales, (first + k) >> shift); };
+    int64_t k = 0;
+    for (; k + 2 * RUN <= depth; k += 2 * RUN, packed += RUN, to += 4 * TILE_WORDS) {  // one rounding for two blocks, for it takes half of a RUN's time
+      const __m512i both = values_of(codes, scale(k), scale(k + RUN));
+      decode_codes(packed, _mm512_shuffle_i32x4(both, both, 0x44), shifts, to);
+      decode_codes(packed + RUN / 2, _mm512_shuffle_i32x4(both, both, 0xee), shifts, to + 2 * TILE_WORDS);
+    }
+    if (k < depth) decode_codes(packed, values_of(codes, scale(k), scale(k)), shifts, to);
+  }
+}
+
+static void decode_rows(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t columns, int64_t k0, int64_t depth, int64_t ahead, uint32_t* panel) {
+  if (coded(w)) return (w.nested ? decode_coded_rows<true> : decode_coded_rows<false>)(w, decoder.codes, n0, columns, k0, depth, ahead, panel);
   for (int64_t n = 0; n < columns; ++n) {
     uint32_t* to = panel + n / TILE_ROWS * CHUNK_WORDS + n % TILE_ROWS * VL;
-    const int64_t first = (n0 + n) * w.K + k0;
-    const uint8_t* packed = w.packed + first / 2;
-    if (!coded(w)) {
-      alignas(64) uint16_t line[CHUNK];
-      decode_run_bf16(w, decoder, first, depth, line);
-      memset(line + depth, 0, (round_up(depth, RUN) - depth) * sizeof *line);
-      for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += TILE_WORDS) _mm512_store_si512(to, _mm512_load_si512(line + k));
-      if (round_up(depth, RUN) != round_up(depth, TILE_DEPTH)) _mm512_store_si512(to, _mm512_setzero_si512());
-      continue;
-    }
-    for (int64_t k = 0; k < depth; k += RUN, packed += RUN / 2, to += 2 * TILE_WORDS) {
-      if (k % (2 * RUN) == 0 && n0 + n + TILE_ROWS < w.N) __builtin_prefetch(packed + TILE_ROWS * w.K / 2, 0, 2);
-      const float scale = scale_of(w, (first + k) >> w.block_shift);
-      const __m512i values = values_of(decoder.codes, scale, scale), words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts[0]), values));
-      _mm512_store_si512(to + TILE_WORDS, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts[1]), values));
+    alignas(64) uint16_t line[CHUNK];
+    decode_run_bf16(w, decoder, (n0 + n) * w.K + k0, depth, line);
+    memset(line + depth, 0, (round_up(depth, RUN) - depth) * sizeof *line);
+    for (int64_t k = 0; k < round_up(depth, RUN); k += TILE_DEPTH, to += TILE_WORDS) _mm512_store_si512(to, _mm512_load_si512(line + k));
+  }
+}
+
+// Sixteen words of two rows between each other
+struct Zipped {
+  alignas(64) uint16_t at[2 * VL] = {};
+  constexpr Zipped() {
+    for (int l = 0; l < 2 * VL; ++l) at[l] = static_cast<uint16_t>(l / 2 + l % 2 * VL);
+  }
+};
+
+// Tiles [block of columns][step], pairs of W's rows n0 ... n0 + depth, zeros behind the last up to a RUN: of a RUN of columns from k0, which makes
+// four blocks. Of looked-up codes block j has columns 4 w + (j ^ 1), else zip's order holds for two and two.
+template <bool NESTED>
+static void decode_coded_pairs(const NF4Weight& w, Vec codes, int64_t n0, int64_t depth, int64_t k0, uint32_t* panel) {
+  static constexpr Zipped zipped;
+  const __m512i zip_words = _mm512_load_si512(zipped.at), code = _mm512_set1_epi16(15);
+  const __m512i odd = _mm512_castps_si512(hidden(_mm512_castsi512_ps(_mm512_set1_epi32(0x100000))));
+  const BlockScales<NESTED> scales(w);
+  const int shift = w.block_shift;
+  for (int64_t n = 0; n < depth; n += 2) {
+    uint32_t* to = panel + n / TILE_DEPTH * TILE_WORDS + n % TILE_DEPTH / 2 * VL;
+    const int64_t first = (n0 + n) * w.K + k0, second = n + 1 < depth ? first + w.K : first;  // where there is none x has zeros
+    const auto words_of = [&](int64_t at) __attribute__((always_inline)) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + (at >> 1))); };
+    const __m512i words = _mm512_permutexvar_epi16(zip_words, _mm512_inserti64x4(_mm512_castsi256_si512(words_of(first)), words_of(second), 1));
+    const __m512i values = values_of(codes, BlockScales<NESTED>::of(scales, first >> shift), BlockScales<NESTED>::of(scales, second >> shift));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i index = _mm512_ternarylogic_epi32(j == 0 ? words : _mm512_srli_epi16(words, 4 * j), code, odd, 0xea);  // (words & code) | odd
+      _mm512_store_si512(to + j * CHUNK_WORDS, _mm512_permutexvar_epi16(index, values));
     }
   }
 }
 
-// Tiles [block of columns][step], pairs of W's rows n0 ... n0 + depth, zeros behind the last: columns k0 ... k0 + columns. A RUN of columns makes
-// four blocks: of looked-up codes block j has columns 4 w + (j ^ 1), else zip's order holds for two and two.
 static void decode_pairs(const NF4Weight& w, const Decoder& decoder, int64_t n0, int64_t depth, int64_t k0, int64_t columns, uint32_t* panel) {
-  const __m512i odd = _mm512_set1_epi32(0x100000), code = _mm512_set1_epi16(15);
-  for (int64_t n = 0; n < round_up(depth, RUN); n += 2) {
+  if (coded(w)) (w.nested ? decode_coded_pairs<true> : decode_coded_pairs<false>)(w, decoder.codes, n0, depth, k0, panel);
+  for (int64_t n = coded(w) ? round_up(depth, 2) : 0; n < round_up(depth, RUN); n += 2) {
     uint32_t* to = panel + n / TILE_DEPTH * TILE_WORDS + n % TILE_DEPTH / 2 * VL;
-    const bool both = n + 1 < depth;
-    if (n >= depth) {
-      for (int64_t c = 0; c < round_up(columns, RUN); c += VL, to += CHUNK_WORDS) _mm512_store_si512(to, _mm512_setzero_si512());
-      continue;
-    }
-    const int64_t first = (n0 + n) * w.K + k0, second = both ? first + w.K : first;  // where there is none x has zeros
-    if (!coded(w)) {
-      alignas(64) uint16_t line[2][UNIT] = {};
-      decode_run_bf16(w, decoder, first, columns, line[0]);
-      if (both) decode_run_bf16(w, decoder, second, columns, line[1]);
-      for (int64_t c = 0; c < round_up(columns, RUN); c += 2 * VL, to += 2 * CHUNK_WORDS) {
-        const Two zipped = zip(line[0] + c, line[1] + c, ~0u);
-        store(reinterpret_cast<float*>(to), zipped.low), store(reinterpret_cast<float*>(to + CHUNK_WORDS), zipped.high);
-      }
-      continue;
-    }
-    for (int64_t c = 0; c < columns; c += RUN, to += 4 * CHUNK_WORDS) {
-      const auto words_of = [&](int64_t at) __attribute__((always_inline)) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + (at + c) / 2))); };
-      const __m512i words = _mm512_or_si512(words_of(first), _mm512_slli_epi32(words_of(second), 16));
-      const __m512i values = values_of(decoder.codes, scale_of(w, (first + c) >> w.block_shift), scale_of(w, (second + c) >> w.block_shift));
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(words, 4 * j), code), odd);
-        _mm512_store_si512(to + j * CHUNK_WORDS, _mm512_permutexvar_epi16(index, values));
-      }
+    alignas(64) uint16_t line[2][RUN] = {};
+    if (n < depth) decode_run_bf16(w, decoder, (n0 + n) * w.K + k0, columns, line[0]);
+    if (n + 1 < depth) decode_run_bf16(w, decoder, (n0 + n + 1) * w.K + k0, columns, line[1]);
+    for (int64_t c = 0; c < RUN; c += 2 * VL, to += 2 * CHUNK_WORDS) {
+      const Two two = zip(line[0] + c, line[1] + c, ~0u);
+      store(reinterpret_cast<float*>(to), two.low), store(reinterpret_cast<float*>(to + CHUNK_WORDS), two.high);
     }
   }
 }
@@ -207,57 +264,79 @@ LK_INLINE void in_columns(const float* from, bool codes, float* to) {
   for (int i = 0; i < 4; ++i) store(to + i * VL, _mm512_castsi512_ps(out[i]));
 }
 
+// y's columns c0 ... c0 + columns from their sums. out: scratch for TILE_ROWS rows of them
+static void store_columns(const Call& g, int64_t c0, int64_t columns, const float* sums, float* out) {
+  const int64_t blocks = g.rows / TILE_ROWS, wide = round_up(columns, g.turned ? RUN : TILE_ROWS) / TILE_ROWS;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t m0 = g.m0 + block * TILE_ROWS, rows = smaller(TILE_ROWS, g.m1 - m0);
+    for (int64_t c = 0; !g.turned && c < wide; ++c) {
+      __m512i tile[TILE_ROWS];
+      for (int64_t r = 0; r < TILE_ROWS; ++r) tile[r] = _mm512_load_si512(sums + (c * blocks + block) * TILE_FLOATS + r * VL);
+      turn_tile(tile);
+      for (int64_t r = 0; r < TILE_ROWS; ++r) _mm512_store_si512(out + r * g.wide + c * VL, tile[r]);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; g.turned && c < wide; c += 4) in_columns(sums + (block * wide + c) * TILE_FLOATS + r * VL, coded(g.p->w), out + r * g.wide + c * VL);
+      store_sums(g.p->lowrank.y, g.p->bias, m0 + r, c0, columns, out + r * g.wide);
+    }
+  }
+}
+
+// Where a thread is: at column c of task `task`, at d of the depth
+struct Place {
+  int64_t task, c, d;
+};
+
 static void tile_tasks(int64_t begin, int64_t end, void* context) {
   const Call& g = *static_cast<const Call*>(context);
-  const NF4Linear& p = *g.p;
-  const int64_t depth = g.turned ? p.w.N : p.w.K, blocks = g.rows / TILE_ROWS;
+  const NF4Weight& w = g.p->w;
+  const int64_t depth = g.turned ? w.N : w.K, blocks = g.rows / TILE_ROWS;
   const Decoder decoder;
-  Scratch scratch(WORKER, UNIT * CHUNK / 2 + g.rows * g.wide + g.wide * TILE_ROWS + 64);
-  uint32_t* panel = reinterpret_cast<uint32_t*>(scratch.next(UNIT * CHUNK / 2));
+  const int64_t unit = unit_of(g), panel_words = unit / TILE_ROWS * CHUNK_WORDS;
+  Scratch scratch(WORKER, panel_words + g.rows * g.wide + g.wide * TILE_ROWS + 64);
+  uint32_t* panel = reinterpret_cast<uint32_t*>(scratch.next(panel_words));
   float *sums = scratch.next(g.rows * g.wide), *out = scratch.next(g.wide * TILE_ROWS);
+  const bool along = !g.turned && 2 * g.rows * depth <= ALONG, kept = along && blocks <= 2;
+  const auto columns_of = [&](int64_t task) { return smaller(g.wide, g.columns - task * g.wide); };
+  const auto after = [&](Place at) {
+    const int64_t columns = columns_of(at.task);
+    int64_t &inner = along ? at.d : at.c, &outer = along ? at.c : at.d;
+    if ((inner += along ? CHUNK : unit) < (along ? depth : columns)) return at;
+    if (inner = 0, (outer += along ? unit : CHUNK) < (along ? columns : depth)) return at;
+    return Place{at.task + 1, 0, 0};
+  };
+  const auto code = [&](const Place& at) { return ((at.task * g.wide + at.c) * w.K + at.d) / 2; };
+  Next next = {nullptr, 0};
   const Tiles tiles;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t c0 = t * g.wide, columns = smaller(g.wide, g.columns - c0), wide = round_up(columns, g.turned ? RUN : TILE_ROWS) / TILE_ROWS;
-    for (int64_t d0 = 0; d0 < depth; d0 += CHUNK) {
-      const int64_t some = smaller(CHUNK, depth - d0), steps = round_up(some, RUN) / TILE_DEPTH;
-      const uint32_t* x = g.x + d0 / CHUNK * blocks * CHUNK_WORDS;
-      const int64_t products = ceil_div(blocks, 2) * ceil_div(ceil_div(columns, TILE_ROWS), 2) * steps;
-      const bool last = d0 + CHUNK >= depth;
-      Next next = {reinterpret_cast<const char*>(last ? g.x : x + blocks * CHUNK_WORDS), ceil_div(blocks * CHUNK_WORDS * 4 / 64, products)};
-      const int64_t next_c = last ? c0 + g.wide : c0, next_d = last ? 0 : d0 + CHUNK;
-      if (g.turned && next_c < g.columns) next.want_codes(p.w, next_d, smaller(CHUNK, depth - next_d), next_c, smaller(g.wide, g.columns - next_c), products);
-      for (int64_t c = 0; c < columns; c += UNIT) {
-        const int64_t unit = smaller(UNIT, columns - c), unit_blocks = ceil_div(unit, TILE_ROWS);
-        if (g.turned) {
-          decode_pairs(p.w, decoder, d0, some, c0 + c, unit, panel);
-          meet_all(x, blocks, panel, UNIT / TILE_ROWS, steps, d0 > 0, sums + c * TILE_ROWS, wide * TILE_FLOATS, next);
-        } else {
-          decode_rows(p.w, decoder, c0 + c, unit, d0, some, panel);
-          meet_all(panel, unit_blocks, x, blocks, steps, d0 > 0, sums + c / TILE_ROWS * blocks * TILE_FLOATS, blocks * TILE_FLOATS, next);
-        }
-      }
+  for (Place at = {begin, 0, 0}; at.task < end;) {
+    const Place next_place = after(at);
+    const int64_t c0 = at.task * g.wide, columns = columns_of(at.task), count = smaller(unit, columns - at.c), count_blocks = ceil_div(g.turned ? unit : count, TILE_ROWS);
+    const int64_t some = smaller(CHUNK, depth - at.d), steps = round_up(some, RUN) / TILE_DEPTH;
+    const bool first = at.d == 0, last = at.d + CHUNK >= depth;
+    const uint32_t* x = g.x + at.d / CHUNK * blocks * CHUNK_WORDS;
+    if (!along && at.c == 0) {  // while the columns meet this CHUNK, the next
+      const int64_t products = ceil_div(columns, unit) * ceil_div(blocks, 2) * (unit / TILE_ROWS / 2) * steps;
+      next = {reinterpret_cast<const char*>(last ? g.x : x + blocks * CHUNK_WORDS), ceil_div(blocks * CHUNK_WORDS * 4 / 64, products)};
+      const int64_t next_c = last ? c0 + g.wide : c0, next_d = last ? 0 : at.d + CHUNK;
+      if (g.turned && next_c < g.columns) next.want_codes(w, next_d, smaller(CHUNK, depth - next_d), next_c, smaller(g.wide, g.columns - next_c), products);
     }
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t m0 = g.m0 + block * TILE_ROWS, rows = smaller(TILE_ROWS, g.m1 - m0);
-      if (!g.turned)
-        for (int64_t c = 0; c < wide; ++c) {
-          __m512i tile[TILE_ROWS];
-          for (int64_t r = 0; r < TILE_ROWS; ++r) tile[r] = _mm512_load_si512(sums + (c * blocks + block) * TILE_FLOATS + r * VL);
-          turn_tile(tile);
-          for (int64_t r = 0; r < TILE_ROWS; ++r) _mm512_store_si512(out + r * g.wide + c * VL, tile[r]);
-        }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; g.turned && c < wide; c += 4) in_columns(sums + (block * wide + c) * TILE_FLOATS + r * VL, coded(p.w), out + r * g.wide + c * VL);
-        store_sums(p.lowrank.y, p.bias, m0 + r, c0, columns, out + r * g.wide);
-      }
+    const Sums before = first ? Sums::NONE : kept ? Sums::KEPT : Sums::STORED, behind = kept && !last ? Sums::KEPT : Sums::STORED;
+    if (g.turned) {
+      decode_pairs(w, decoder, at.d, some, c0 + at.c, count, panel);
+      meet_all(x, blocks, panel, count_blocks, steps, before, behind, sums + at.c * TILE_ROWS, round_up(columns, RUN) * TILE_ROWS, next);
+    } else {
+      decode_rows(w, decoder, c0 + at.c, count, at.d, some, next_place.task < end ? code(next_place) - code(at) : 0, panel);
+      meet_all(panel, count_blocks, x, blocks, steps, before, behind, sums + at.c * g.rows, blocks * TILE_FLOATS, next);
     }
+    if (next_place.task != at.task) store_columns(g, c0, columns, sums, out);
+    at = next_place;
   }
 }
 
 // How wide tasks are: threads take equal counts of them, so of the widths that leave the busiest thread the least to do, the widest.
 static int64_t columns_of_task(int64_t columns) {
   int64_t best = 0, least = 0;
-  for (int64_t wide = UNIT; wide <= COLUMNS_MOST; wide += UNIT) {
+  for (int64_t wide = RUN; wide <= COLUMNS_MOST; wide += RUN) {
     const int64_t time = ceil_div(ceil_div(columns, wide), threads()) * (wide + COLUMNS_MORE);
     if (!best || time <= least) best = wide, least = time;
   }

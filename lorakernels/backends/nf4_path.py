@@ -24,9 +24,9 @@ AVX2_ROWS = 12
 # Zen 4, with older kernels: 8 rows 3.2 to 3.7 / 3.1 to 3.6 / 0.9 to 1.0, 10 rows 4.2 to 4.1 / 4.2 to 4.1 / 1.2 to 1.2.
 PAIRED_ROWS = 9
 
-# bfloat16 on AMX, ms with two threads on a Xeon with it, few rows' kernel against tiles (and dense F.linear), 14336x4096 / 4096x14336 / 4096x4096: 1 row 1.25
-# to 2.50 (3.86) / 1.17 to 2.47 (3.96) / 0.40 to 0.78 (1.18), 2 rows 2.00 to 2.53 / 1.97 to 2.43 / 0.60 to 0.77, 3 rows 2.50 to 2.35 / 2.56 to 2.60 / 0.83 to
-# 0.78, 4 rows 3.20 to 2.44 / 3.48 to 2.64 / 1.07 to 0.78, 16 rows 12.4 to 2.77 (4.77) / 13.7 to 2.85 (5.70) / 3.85 to 0.88 (1.49).
+# bfloat16 on AMX, ms with two threads on a Xeon with it (best of several, its neighbours use the tiles too), few rows' kernel against tiles, 14336x4096 /
+# 4096x14336 / 4096x4096: 1 row 1.57 to 2.63 / 1.47 to 2.21 / 0.38 to 0.60, 2 rows 1.73 to 2.35 / 1.82 to 2.19 / 0.51 to 0.60, 3 rows 2.34 to 2.41 / 2.25 to 2.17 /
+# 0.65 to 0.59, 4 rows 2.69 to 2.45 / 2.69 to 2.22 / 0.77 to 0.58; one thread, 2 rows 3.31 to 4.50 / 3.49 to 4.15 / 0.94 to 1.09, 3 rows 4.48 to 4.69 / 4.32 to 4.15 / 1.25 to 1.11.
 TILED_ROWS = 2
 
 # Beyond few rows the fused product is ahead of slabs, or level, on a CPU with vectors for all rows. bfloat16 on the Zen 4, the same, older kernels, to slabs and
