@@ -84,10 +84,11 @@ def test_long_rows_on_the_processor(base, N, K, blocksize):
     "M, K, N, blocksize, nested",
     [(17, 64, 1, 64, True), (20, 192, 33, 32, False), (21, 320, 70, 64, False), (100, 96, 257, 128, True), (17, 100, 40, 32, True), (128, 1088, 31, 4096, True),
      (258, 64, 66, 64, True), (520, 128, 34, 64, True), (20, 64, 2089, 64, True), (20, 2113, 9, 64, False), (19, 2176, 301, 64, True),
-     (100, 45120, 3, 64, True)],
+     (100, 45120, 3, 64, True), (32, 832, 97, 128, False), (50, 704, 70, 64, True), (300, 2176, 70, 64, True)],
 )  # fmt: skip
 def test_tiles_that_are_decoded_on_their_way_on_the_processor(base, adapter, M, K, N, blocksize, nested):
-    """Rows, columns and depth that end within a tile, a group, a block or a word of codes; more rows than are taken at a time; wide layers; long ones."""
+    """Rows, columns and depth that end within a tile, a group, a block or a word of codes; more rows than are taken at a time; wide layers; long ones;
+    sums that stay in registers, and columns or the depth first."""
     if why := backends.why_not("cpu", "cpu", base):
         pytest.skip(why)
     with backends.use_backend("cpu"):
