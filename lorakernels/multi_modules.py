@@ -69,12 +69,18 @@ class MultiLoraLinear(nn.Module):
         factory = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(num_adapters, max_rank, base.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(num_adapters, base.out_features, max_rank, **factory))
-        self.register_buffer("ranks", torch.tensor(ranks, dtype=torch.int64, device=weight.device))
-        self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=weight.device))
-        thresholds = [dropout.threshold(p) for p in self.lora_dropout]
-        self.register_buffer("thresholds", torch.tensor(thresholds, dtype=torch.int32, device=weight.device), persistent=False)
+        self._made_with = ranks, scaling
+        for name, dtype in (("ranks", torch.int64), ("scaling", torch.float32), ("thresholds", torch.int32)):
+            self.register_buffer(name, torch.empty(num_adapters, dtype=dtype, device=weight.device), persistent=name != "thresholds")
+        self._fill_tables()
         if not weight.is_meta:
             self.reset_adapters()
+
+    def _fill_tables(self):
+        """ranks, scaling and thresholds as the layer was made with them."""
+        thresholds = [dropout.threshold(p) for p in self.lora_dropout]
+        for table, values in zip((self.ranks, self.scaling, self.thresholds), (*self._made_with, thresholds)):
+            table.copy_(torch.tensor(values, dtype=table.dtype))
 
     @classmethod
     def from_linear(cls, linear, **arguments):
@@ -94,7 +100,7 @@ class MultiLoraLinear(nn.Module):
     @torch.no_grad()
     def load_adapter(self, index, lora_A, lora_B, lora_alpha=None):
         """Put one adapter's lora_A (r, K) and lora_B (N, r) in place `index`, r at most max_rank; scaling lora_alpha / r (1 by
-        default). Raises TypeError or ValueError naming the argument, and changes nothing then."""
+        default); they may be this layer's own. Raises TypeError or ValueError naming the argument, and changes nothing then."""
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_adapters:
             raise ValueError(f"index: expected an int from 0 to {self.num_adapters - 1}, got {index!r}")
         for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -107,16 +113,32 @@ class MultiLoraLinear(nn.Module):
         if lora_B.shape != (self.out_features, rank):
             raise ValueError(f"lora_B: expected shape ({self.out_features}, {rank}), got {tuple(lora_B.shape)}")
         scaling = 1.0 if lora_alpha is None else check_number("lora_alpha", lora_alpha) / rank
-        self.lora_A[index].zero_()[:rank] = lora_A
-        self.lora_B[index].zero_()[:, :rank] = lora_B
+        own = [value.to(self.lora_A.device, self.lora_A.dtype, copy=True) for value in (lora_A, lora_B)]
+        for name, value in zip(("lora_A", "lora_B"), own):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}: expected finite values in {value.dtype}, the layer's dtype")
+        self.lora_A[index].zero_()[:rank] = own[0]
+        self.lora_B[index].zero_()[:, :rank] = own[1]
         self.ranks[index], self.scaling[index] = rank, scaling
 
     def _apply(self, function, recurse=True):
         scaling = self.scaling
         super()._apply(function, recurse)
-        if self.scaling.dtype != torch.float32:  # a cast of the model is no reason to round it
+        if scaling.is_meta and not self.scaling.is_meta:  # to_empty(): what has no values
+            self._fill_tables()
+        elif self.scaling.dtype != torch.float32:  # a cast of the model is no reason to round it
             self.scaling = scaling.to(self.scaling.device)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        ranks = state_dict.get(f"{prefix}ranks")
+        if isinstance(ranks, torch.Tensor) and ranks.shape == self.ranks.shape and not ranks.is_meta:  # kernels rely on them
+            if ranks.dtype != torch.int64 or not bool(((ranks >= 1) & (ranks <= self.max_rank)).all()):
+                errors.append(f"{prefix}ranks: expected int64 from 1 to max_rank={self.max_rank}, got {ranks.dtype} {ranks.tolist()!s:.80}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.scaling.dtype != torch.float32:  # load_state_dict(assign=True) takes what it is given
+            self.scaling = self.scaling.float()
 
     def forward(self, x, adapter_ids=None):
         """x (..., K); adapter_ids of shape x.shape[:-1], or (batch,) for x (batch, tokens, K). Without them those that the model was

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels import backends, dropout, multi_ops
-from lorakernels.functional import multi_lora_linear, nf4_linear, quantize_nf4, route
+from lorakernels.functional import multi_lora_linear, nf4_linear, quantize_nf4, route, routed_linear
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
@@ -401,6 +401,56 @@ def test_layer_over_nf4_and_loading_an_adapter():
     check("multi over NF4", y[[1, 3]], exact[[1, 3]], (plain + 2.0 * x @ single.lora_A.t() @ single.lora_B.t())[[1, 3]], base=F32, K=24)
 
 
+def test_an_adapter_may_be_given_to_itself():
+    module = layer()
+    A, B = module.lora_A.detach().clone(), module.lora_B.detach().clone()
+    module.load_adapter(1, module.lora_A[1, :2], module.lora_B[1, :, :2], lora_alpha=8)
+    assert module.ranks[1] == 2 and module.scaling[1] == 4.0
+    assert torch.equal(module.lora_A[1, :2], A[1, :2]) and torch.equal(module.lora_B[1, :, :2], B[1, :, :2])
+    assert not module.lora_A[1, 2:].any() and not module.lora_B[1, :, 2:].any() and torch.equal(module.lora_A[0], A[0])
+
+
+def test_a_layer_made_on_meta_gets_its_tables():
+    arguments = dict(num_adapters=3, max_rank=4, ranks=[1, 4, 2], lora_alpha=[2, 4, 16], lora_dropout=[0.0, 0.5, 0.25])
+    with torch.device("meta"):
+        module = lk.MultiLoraLinear(nn.Linear(24, 20), **arguments)
+    module = module.to_empty(device="cpu")
+    want = lk.MultiLoraLinear(nn.Linear(24, 20), **arguments)
+    for table in ("ranks", "scaling", "thresholds"):
+        assert torch.equal(getattr(module, table), getattr(want, table))
+    module.load_state_dict(want.state_dict())
+    x, ids = torch.randn(5, 24), torch.tensor([0, 1, 2, -1, 1])
+    assert torch.equal(module.eval()(x, ids), want.eval()(x, ids))
+
+
+@pytest.mark.parametrize("ranks", [torch.tensor([1, 4, 5]), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 1], dtype=torch.int32)])
+@pytest.mark.parametrize("assign", [True, False])
+def test_ranks_of_a_state_dict_that_the_stacks_have_not(ranks, assign):
+    module = layer()
+    before = module.ranks.clone()
+    with pytest.raises(RuntimeError, match="ranks: expected int64 from 1 to max_rank=4"):
+        module.load_state_dict(module.state_dict() | {"ranks": ranks}, assign=assign)
+    assert torch.equal(module.ranks, before)
+
+
+def test_scaling_of_a_state_dict_stays_float32():
+    module = layer()
+    module.load_state_dict(module.state_dict() | {"scaling": module.scaling.double()}, assign=True)
+    assert module.scaling.dtype == F32 and torch.equal(module.scaling, layer().scaling)
+
+
+def test_kernels_read_no_rank_beyond_the_stacks_on_the_processor():
+    """A table that was changed behind its layer's back: what lies behind an adapter's own is neither read nor written."""
+    if why := backends.why_not("cpu", "cpu", F32):
+        pytest.skip(why)
+    A, B, x, ids = torch.randn(2, 3, 24), torch.randn(2, 20, 3), torch.randn(6, 24), torch.tensor([0, 1, 1, 0, -1, 1])
+    routed = route(ids, x.shape, 2)
+    with backends.use_backend("cpu"):
+        run = lambda ranks: routed_linear(x, torch.ones(20, 24), None, A, B, torch.ones(2), routed, ranks)  # noqa: E731
+        assert torch.equal(run(torch.tensor([1 << 40, 3])), run(torch.tensor([3, 3])))
+        assert torch.equal(run(torch.tensor([-7, 3])), run(torch.tensor([0, 3])))
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +494,7 @@ def test_arguments(change, error, words):
         (lambda: layer().load_adapter(3, torch.ones(1, 24), torch.ones(20, 1)), ValueError, "index: expected an int from 0 to 2"),
         (lambda: layer().load_adapter(0, torch.ones(5, 24), torch.ones(20, 5)), ValueError, "lora_A: expected shape (r, 24) with r from 1 to 4"),
         (lambda: layer().load_adapter(0, torch.ones(2, 24), torch.ones(20, 3)), ValueError, "lora_B: expected shape (20, 2), got (20, 3)"),
+        (lambda: layer().load_adapter(0, torch.full((2, 24), float("inf")), torch.ones(20, 2)), ValueError, "lora_A: expected finite values in torch.float32, the layer's dtype"),
         (lambda: layer().load_adapter(0, torch.ones(24), torch.ones(20, 2)), ValueError, "lora_A: expected a matrix, got (24,)"),
         (lambda: layer().load_adapter(0, torch.ones(2, 24), torch.ones(20, 2, device="meta")), ValueError, "lora_B: expected a Tensor with data"),
         (lambda: layer().load_adapter(0, torch.ones(2, 24).to_sparse(), torch.ones(20, 2)), TypeError, "lora_A: expected a dense tensor"),

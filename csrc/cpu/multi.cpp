@@ -50,7 +50,8 @@ Dropout dropout(const Segments& s, int64_t e) {
   return {threshold ? s.seed : nullptr, threshold, threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f};
 }
 
-int64_t rank_of(const Segments& s, int64_t e, int64_t part = 0) { return s.ranks ? s.ranks[part * s.E + e] : s.R; }
+// What a caller's table says beyond R would be read, and written, behind an adapter's own.
+int64_t rank_of(const Segments& s, int64_t e, int64_t part = 0) { return s.ranks ? std::clamp<int64_t>(s.ranks[part * s.E + e], 0, s.R) : s.R; }
 
 int64_t among(const Segments& s) { return std::max<int64_t>(s.M / std::max<int64_t>(s.E, 1), 1); }
 
