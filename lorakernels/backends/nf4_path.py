@@ -33,6 +33,11 @@ TILED_ROWS = 2
 # dense F.linear: 64 rows 18.9 to 23.1 and 21.8 / 20.0 to 22.0 and 20.4 / 5.8 to 6.6 and 6.0, 256 rows 70 to 73 and 69 / 71 to 73 and 69 / 20.6 to 21.9 and 20.1, 2048
 # rows 585 to 593 and 587 / 569 to 565 and 551 / 165 to 174 and 169; one thread, 256 rows 141 to 146 and 137. float32, 256 rows 141 to 189 and 212.
 
+# float32 on a processor with AMX, where torch's product of many rows (MKL) is ahead of the fused one, ms with two threads, fused to slabs (and dense), 4096x14336 /
+# 4096x4096: 256 rows 140 to 138 (128) / 31 to 33 (30), 384 rows 174 to 179 (150) / 71 to 57 (54), 512 rows 348 to 301 (243) / 62 to 60 (58), 2048 rows 1079 to 1002
+# (748) / 302 to 295 (237); dx of 256 rows 113 to 116 (108) / 32 to 33 (30), of 2048 969 to 864 (816) / 325 to 268 (234). Best of three to five, on a busy machine.
+SINGLES_ROWS = 384
+
 # GPU, not measured. Where e is the share of the matrix rate that the fused product reaches, it wins below 231 e / (1 - e) rows
 # against decoding W and multiplying at full rate (H200: 0.585 ps to decode a value, 790 TFLOP/s). Choosing a code takes about 16
 # instructions, which bounds e to a third where 128 rows share it: 115 rows, a tile's 128 rounded up.
@@ -55,7 +60,8 @@ def nf4_path(M, N, K, dtype, architecture, turned):
         if not turned and M <= few_rows(architecture, dtype, K):
             return FEW
         unpaired = architecture == "avx512bf16" and dtype == torch.bfloat16 and not turned and K % 64
-        return SLABS if architecture == "portable" or unpaired else FUSED
+        many = architecture == "amx" and dtype == torch.float32 and M > SINGLES_ROWS
+        return SLABS if architecture == "portable" or unpaired or many else FUSED
     if dtype == torch.float32:
         return SLABS  # its products run on plain FMA, of which a fused one has no more
     if M <= FEW_ROWS and not turned and isinstance(architecture, tuple):
