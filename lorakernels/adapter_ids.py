@@ -46,5 +46,7 @@ def check():
     answer, and the next call that is given ids raises, or this one.
     """
     for device, flag in _flags.items():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a forward may run on any stream
         flag.copy.copy_(flag.seen)
         flag.raise_if_set(f"a call on {device}")

@@ -15,6 +15,7 @@ from .modules import lora_scaling
 from .nf4_modules import NF4Linear
 from .pool_modules import Shared
 from .routes import NOBODY, NONE, SLOTS, Route, Tables
+from .streams import Readers
 
 # Children of one module that are given the same x: one product with A serves them all.
 SHARE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"}, {"q", "k", "v"}, {"wq", "wk", "wv"}, {"w1", "w3"}, {"wi_0", "wi_1"})
@@ -79,6 +80,7 @@ class AdapterPool:
         self._adapters, self._leaving, self._open_to_all = {}, [], 0
         self._free_slots, self._free_pages = collections.deque(range(slots)), collections.deque(range(capacity))
         self._allocate(bases)
+        self._readers = Readers(self.tables)
 
     def _allocate(self, bases):
         device_of = {name: weight_of(base).device for name, base in bases.items()}
@@ -222,13 +224,14 @@ class AdapterPool:
             else:
                 ids, held = self._of_list(adapters)
             self._hold(held, 1)
-            before, self.open_route = self.open_route, Route(self, ids)
+            before, self.open_route = self.open_route, Route(self, ids, given=held is None)
         try:
             yield self.open_route
         finally:
             with self._lock:
                 self.open_route = before
                 self._hold(held, -1)
+                self._readers.have_read()
                 for adapter in [adapter for adapter in self._leaving if not self._busy(adapter)]:
                     self._leaving.remove(adapter)
                     self._free(adapter)
@@ -299,8 +302,11 @@ class AdapterPool:
             if len(self._free_pages) >= rows and len(self._free_slots) >= slots:
                 break
             self._evict(other)
-        for adapter in absent:
-            self._write(adapter)
+        if absent:
+            self._readers.wait()
+            for adapter in absent:
+                self._write(adapter)
+            self._readers.finish()
         self._clock += 1
         for name in names:
             self._adapters[name].used = self._clock
@@ -357,6 +363,7 @@ class AdapterPool:
     def _end_id(self, adapter):
         for tables in self.tables.values():
             tables.generation[adapter.slot] = NOBODY
+        self._readers.finish()
 
     def _free(self, adapter):
         self._free_slots.append(adapter.slot)

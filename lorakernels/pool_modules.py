@@ -73,9 +73,9 @@ class PoolLinear(nn.Module):
         base, shared, part = self.base, self.shared, self.part
         bias = base._bias_for(x) if isinstance(base, NF4Linear) else base.bias
         routed = route.of(x)
+        u = shared.down(x, routed, part) if route.in_forward else None
         return functional.routed_linear(
-            x, base.weight, bias, shared.rows_A[:, part : part + 1], self.rows_B, shared.scaling[part],
-            routed, shared.ranks[part], shared.pages, shared.down(x, routed, part),
+            x, base.weight, bias, shared.rows_A[:, part : part + 1], self.rows_B, shared.scaling[part], routed, shared.ranks[part], shared.pages, u
         )  # fmt: skip
 
     def extra_repr(self):

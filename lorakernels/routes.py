@@ -26,17 +26,23 @@ class Tables:
 
 
 class Orders:
-    """What functional.route makes, once for each shape of x and forward of a model."""
+    """What functional.route makes, once for each shape of x and forward of a model; outside of forwards, for each x."""
 
     def __init__(self):
-        self.made = {}
+        self.made = None
 
     def begin(self):
         """A forward of the model begins: what was made before is made again, within a graph that is being captured too."""
         self.made = {}  # a new one: torch.compile would take another program where it finds the old one empty, as at first
 
+    def end(self):
+        """It has ended: a part of the model that is called by itself tells nobody, and what it finds may be of other ids."""
+        self.made = None
+
     def of(self, x, ids, E):
         """For x (..., K) and the ids that ids(device) gives."""
+        if self.made is None:
+            return functional.route(ids(x.device), x.shape, E)
         key = x.shape[:-1], x.device
         if key not in self.made:
             self.made[key] = functional.route(ids(x.device), x.shape, E)
@@ -44,14 +50,25 @@ class Orders:
 
 
 class Route:
-    """The adapters of a batch's rows; `of` gives their order for an x."""
+    """The adapters of a batch's rows; `of` gives their order for an x. given: the ids are a tensor of the caller's, who may change them."""
 
-    def __init__(self, pool, ids):
-        self.pool, self.ids, self.on, self.orders = pool, ids, {ids.device: ids}, Orders()
+    def __init__(self, pool, ids, given):
+        self.pool, self.ids, self.given, self.on, self.orders = pool, ids, given, {ids.device: ids}, Orders()
 
     def begin(self):
         """A forward of the model begins."""
+        if self.given:
+            self.on = {self.ids.device: self.ids}
         self.orders.begin()
+
+    def end(self):
+        """It has ended."""
+        self.orders.end()
+
+    @property
+    def in_forward(self):
+        """Whether layers that are given the same x get the same routed rows."""
+        return self.orders.made is not None
 
     def of(self, x):
         """Routed rows of x (..., K); ValueError for a device without a pool, and on the CPU for an id that has ended."""
@@ -60,7 +77,7 @@ class Route:
         tables = self.pool.tables[x.device]
 
         def slots_on(device):
-            if device not in self.on:
+            if device not in self.on or (self.given and not self.in_forward):
                 self.on[device] = self.ids.to(device, non_blocking=True)
             slots = tables.slots_of(self.on[device])
             if not x.is_cuda and not torch.compiler.is_compiling() and (gone := (slots == len(tables.generation)).nonzero()).numel():

@@ -23,6 +23,8 @@ class Calls:
         return arguments, named
 
     def after(self, module, arguments, named, output):
+        if self.pool.open_route is not None:
+            self.pool.open_route.end()
         if self.opened and (route := self.opened.pop()) is not None:
             route.__exit__(None, None, None)
 

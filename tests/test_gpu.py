@@ -228,6 +228,30 @@ def test_a_pool_in_a_cuda_graph():
                 lk.check()
 
 
+def test_a_pool_changes_while_another_stream_reads_it():
+    if "triton" not in ON_GPU:
+        pytest.skip("needs Triton")
+    with backends.use_backend("triton"), torch.no_grad():
+        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, device="cuda", dtype=BF16) for _ in range(4)))
+        pool, names = lk.AdapterPool(model, 16, max_rank=16), ("a", "b", "c")
+        tensors = {name: adapter_of(model, 16, seed) for seed, name in enumerate(names)}
+        lk.serve_adapters(model, pool)
+        x, alone = torch.randn(64, 512, device="cuda", dtype=BF16), {}
+        for name in names:
+            pool.add(name, tensors[name])
+            alone[name] = model(x, adapter_ids=[name] * 64)
+        streams, results = [torch.cuda.Stream() for _ in names], []
+        torch.cuda.synchronize()
+        for _ in range(3):
+            for name, stream in zip(names, streams):  # each takes the rows of the one before, which may still be at work
+                with torch.cuda.stream(stream):
+                    with pool.route([name] * 64):
+                        torch.cuda._sleep(20_000_000)
+                        results.append((name, model(x)))
+        torch.cuda.synchronize()
+    assert all(torch.equal(alone[name], y) for name, y in results)
+
+
 def test_routing_waits_for_nothing():
     if "triton" not in ON_GPU:
         pytest.skip("needs Triton")

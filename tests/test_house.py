@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 RANK = {
     "__main__": 9, "__init__": 8, "explain": 7, "tune": 7.2, "pool": 7.5, "serving": 7.6, "routes": 4.5, "multi_models": 6.5, "checkpoint": 7, "models": 6, "nf4_modules": 5.5, "multi_modules": 5.6, "pool_modules": 5.6, "modules": 5, "functional": 4, "multi_ops": 3.5, "ops": 3,
     "backends": 2, "backends.cpu": 1.5, "backends.cuda": 1.6, "backends.triton": 1.5, "backends.nf4_path": 1.2, "backends.native": 1.2, "backends.reference": 1.2, "backends.composed": 1.3,
-    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.nf4_matmul": 1.15, "backends.triton.multi": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1.3, "backends.triton.measured": 1.25, "adapter_ids": 0, "checks": -1, "pages": 0, "flops": 0, "sharding": 0, "nf4": 0, "dropout": 0, "targets": 0,
+    "backends.triton.kernels": 1.1, "backends.triton.matmul": 1.1, "backends.triton.nf4": 1.1, "backends.triton.nf4_matmul": 1.15, "backends.triton.multi": 1.1, "backends.triton.language": 1.05, "backends.triton.tiles": 1.3, "backends.triton.measured": 1.25, "adapter_ids": 0, "checks": -1, "pages": 0, "flops": 0, "sharding": 0, "nf4": 0, "dropout": 0, "targets": 0, "streams": 0,
 }  # fmt: skip
 
 

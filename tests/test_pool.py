@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorakernels as lk
 from lorakernels import multi_ops
+from lorakernels.streams import Readers
 
 BF16 = torch.bfloat16
 
@@ -123,6 +125,7 @@ def test_layers_that_share_x_share_one_product(monkeypatch):
             assert torch.equal(model(x.clone()), first) and widths == [1] * 14  # nothing tells there whether x has changed
     shared = model[0].q_proj.shared
     with torch.no_grad(), pool.route(["a", None]) as route:
+        route.begin()
         model[0].q_proj(x)
         x.add_(1.0)  # in place, between the two
         k = model[0].k_proj(x)
@@ -284,6 +287,99 @@ def test_an_id_is_never_served_by_another_adapter():
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled: copy the model before serve_adapters"):
             copied(model)
+
+
+def test_a_part_that_is_called_by_itself_has_the_adapters_of_now():
+    """No forward of the model tells that one begins there: nothing is kept from one call of it to the next."""
+    plain, model, pool, _ = served(capacity=8)
+    ids, x = {}, torch.randn(2, 24)
+    for seed, name in enumerate(("one", "two")):
+        ids[name] = pool.add(name, adapter_of(plain, 4, seed))
+    with torch.no_grad():
+        want = {}
+        for name in ids:
+            with pool.route([name, None]):
+                want[name] = model[0](x)
+        given = torch.tensor([ids["one"], -1])
+        with pool.route(given):
+            whole = model(x)
+            assert torch.equal(model[0](x), want["one"])
+            given[0] = ids["two"]
+            assert torch.equal(model[0](x), want["two"]) and not torch.equal(model(x), whole)
+            pool.remove("two")
+            with pytest.raises(ValueError, match="has left the pool"):
+                model[0](x)
+            with pytest.raises(ValueError, match="has left the pool"):
+                model(x)
+            given[0] = ids["one"]
+            assert torch.equal(model[0](x), want["one"])  # after a forward that failed, too
+        assert not torch.equal(want["one"], want["two"])
+
+
+def test_ids_that_lie_elsewhere_are_fetched_for_each_forward():
+    """Those of a list never change; a tensor's are the caller's to change."""
+    plain, model, pool, _ = served(capacity=8)
+    pool.add("one", adapter_of(plain, 4, 1))
+    pool.tables = {torch.device("meta"): pool.tables[torch.device("cpu")]}
+    for adapters, fetched in (["one", None], 1), (torch.tensor([pool.id("one"), -1]), 3):
+        seen = []
+        with pool.route(adapters) as route:
+            for begin in (True, False, False):
+                route.begin() if begin else route.end()
+                with pytest.raises(RuntimeError):  # tables on the CPU are indexed by ids without values
+                    route.of(torch.empty(2, 24, device="meta"))
+                seen.append(route.on[torch.device("meta")])
+        assert len({id(on) for on in seen}) == fetched
+
+
+class Stream:
+    """One of a device's, that remembers what it was told, as its events do."""
+
+    device = "cuda:0"
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_event(self, event):
+        self.told.append((self.name, "waits for", event.after))
+
+    def synchronize(self):
+        self.told.append(("the host", "waits for", self.name))
+
+
+class Event:
+    def record(self, stream):
+        self.after = stream.name
+
+
+def test_changes_wait_for_the_readers_of_every_stream(monkeypatch):
+    """Without a GPU: what is told to streams that stand for a GPU's, around what is written."""
+    told, capturing = [], [False]
+    streams = {name: Stream(name, told) for name in ("first", "second", "loader")}
+    current = [streams["first"]]
+    cuda = types.SimpleNamespace(current_stream=lambda device: current[0], Event=Event, is_current_stream_capturing=lambda: capturing[0])
+    monkeypatch.setattr("lorakernels.streams.torch", types.SimpleNamespace(cuda=cuda))
+    plain, model, pool, _ = served(capacity=4)
+    pool._readers = Readers([torch.device("cpu"), torch.device("cuda:0")])
+    write = pool._write
+    monkeypatch.setattr(pool, "_write", lambda adapter: told.append("written") or write(adapter))
+    pool.add("one", adapter_of(plain, 4, 1))
+    x = torch.randn(2, 24)
+    for name in ("first", "second", "first"):
+        current[0] = streams[name]
+        model(x, adapter_ids=["one", None])
+    capturing[0], current[0] = True, streams["loader"]
+    model(x, adapter_ids=["one", None])  # it reads when it is replayed
+    capturing[0] = False
+    told.clear()
+    pool.add("two", adapter_of(plain, 4, 2))  # in the rows that "one" leaves
+    over, waits = ("the host", "waits for", "loader"), [("loader", "waits for", name) for name in ("first", "second")]
+    assert told == [over, *waits, "written", over] and pool.resident() == ["two"]
+    told.clear()
+    pool.id("two"), pool.names()
+    assert told == []  # nothing changes, nobody waits
+    pool.remove("two")
+    assert told == [over]
 
 
 def test_nothing_is_lost_by_a_malformed_adapter(tmp_path):
