@@ -85,6 +85,8 @@ def main(which, module=None):
             layers(M, N, K, R, dtype, adapter)
             if which == "cpu":
                 many(M, N, K, R, dtype, adapter)
+        if which == "cpu":
+            layers(64, 96, 96, 8, dtype, adapter)
     for M, N, K in ((1, 16, 64), (3, 17, 75), (4, 130, 300), (8, 5, 1030), (9, 33, 258), (270, 40, 17)):
         if which == "cpu":
             half_bases(M, N, K)

@@ -145,6 +145,18 @@ def hold_shared(base, adapter, p, device="cpu"):
             check(f"shared x, A {i} of {len(A)}", part, exact, eager, base=base, K=K)
 
 
+def with_mask(case, seed=11):
+    """The case with the mask that its call will draw after torch.manual_seed(seed)."""
+    from lorakernels import dropout
+
+    torch.manual_seed(seed)
+    drawn = dropout.draw_seed(case.x.device)
+    rows = case.x.numel() // case.x.shape[-1]
+    case.mask = dropout.keep_mask(drawn, rows, case.x.shape[-1], case.p)
+    torch.manual_seed(seed)
+    return case
+
+
 def hold_thin(M, K, N, R, base, adapter, device="cpu", seed=0):
     """u, du, dA and dB by themselves under the error rule. Returns them."""
     from lorakernels import ops

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import check
-from oracle import make_case
+from oracle import make_case, with_mask
 
 import lorakernels as lk
 from lorakernels import backends, dropout, ops
@@ -21,16 +21,6 @@ mixes = pytest.mark.parametrize("base, adapter", MIXES, ids=MIX_IDS)
 M_VALUES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 129, 131]
 R_VALUES = [1, 3, 8, 16, 17, 64, 257]
 KN_VALUES = [(1, 1), (7, 5), (64, 128), (65, 127), (101, 131), (130, 257)]
-
-
-def with_mask(case, seed=11):
-    """The case with the mask that its call will draw after torch.manual_seed(seed)."""
-    torch.manual_seed(seed)
-    drawn = dropout.draw_seed(case.x.device)
-    rows = case.x.numel() // case.x.shape[-1]
-    case.mask = dropout.keep_mask(drawn, rows, case.x.shape[-1], case.p)
-    torch.manual_seed(seed)
-    return case
 
 
 @mixes

@@ -120,6 +120,17 @@ def test_more_of_du_than_is_packed_at_a_time(adapter):
 
 
 @needs_native_cpu
+@pytest.mark.parametrize("base, adapter", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=["float32", "bf16+float32", "bf16"])
+@pytest.mark.parametrize("R", [3, 16, 40])
+def test_rows_and_columns_of_several_passes(R, base, adapter):
+    """Whole tiles and what is left of them, in both directions; copies of rows whose mask is drawn."""
+    with lk.use_backend("cpu"):
+        oracle.hold_thin(506, 608, 352, R, base, adapter)
+        case = oracle.with_mask(oracle.make_case(300, 160, 352, R, base, adapter, p=0.2))
+        oracle.hold(oracle.run(lora_linear, case), case)
+
+
+@needs_native_cpu
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("R", [1, 16, 20, 40])
 def test_what_a_float32_adapter_leaves_of_a_result_is_right(R, M):

@@ -131,6 +131,14 @@ static void pack_tile_block(int64_t begin, int64_t end, void* context) {
   }
 }
 
+// How many of the columns that are left come next: all whole tiles of them where one pass takes x as it lies, else as many as stay in the
+// first cache for the next pass, or are copied.
+static int64_t columns_at_once(const LowrankDown& p, int64_t rows, int64_t left, int64_t width) {
+  const Mask mask = {p.dropout.threshold ? p.dropout.seed : nullptr, p.dropout.threshold};
+  const int64_t whole = left / TILE_DEPTH * TILE_DEPTH;
+  return width == TILE_ROWS && whole && rows % TILE_ROWS == 0 && lie_whole(p.x, whole, mask) ? whole : smaller(BLOCK, left);
+}
+
 template <int TERMS>
 static void tile_tasks(int64_t begin, int64_t end, void* context) {
   const Down& d = *static_cast<const Down*>(context);
@@ -143,14 +151,14 @@ static void tile_tasks(int64_t begin, int64_t end, void* context) {
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t m0 = t * ROWS, rows = smaller(ROWS, p.M - m0);
-    for (int64_t k0 = 0; k0 < p.K; k0 += BLOCK) {
-      const int64_t columns = smaller(BLOCK, p.K - k0);
+    for (int64_t k0 = 0, columns; k0 < p.K; k0 += columns) {
+      columns = columns_at_once(p, rows, p.K - k0, d.width);
       const uint32_t* panel = reinterpret_cast<const uint32_t*>(d.panel) + rank_words(TERMS, k0);
       int64_t at = 0;
       for (int i = 0; i < (dropout ? p.parts : 1); ++i) {
         const Rows x = rows_of(p.x, m0, rows, k0, columns, {dropout ? p.dropout.seed + i : nullptr, p.dropout.threshold}, block);
         const int64_t width = dropout ? round_up(p.part[i].R, VL) : d.width;
-        along_tiles<TERMS>({x, panel + at / TILE_ROWS * rank_step, rank_step, ceil_div(columns, TILE_DEPTH), sums + at, d.width, k0 > 0}, rows, width);
+        along_tiles<TERMS>({x, panel + at / TILE_ROWS * rank_step, rank_step, ceil_div(columns, TILE_DEPTH), sums + at, d.width, k0 == 0}, rows, width);
         at += width;
       }
     }

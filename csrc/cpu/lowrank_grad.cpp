@@ -110,8 +110,7 @@ static void up_tasks(int64_t begin, int64_t end, void* context) {
 #ifdef LK_ISA_AMX
 
 LK_INLINE int64_t terms_of(const LowrankGrad& p, const Matrix& left, DType adapter) { return !tiled(p, left, adapter) ? 0 : whole_terms(adapter) ? 3 : 1; }
-LK_INLINE int64_t packed_block(const Grad& g) { return panel_words(g.terms, ROWS_MAX, g.p->R); }
-static int64_t packed_words(const Grad& g, int64_t rows) { return g.terms ? ceil_div(rows, ROWS_MAX) * packed_block(g) : 0; }
+static int64_t packed_words(const Grad& g, int64_t rows) { return g.terms ? panel_words(g.terms, rows, g.p->R) : 0; }
 
 // Every stripe meets all rows of u, or of du: they are packed once for all stripes.
 struct Packing {
@@ -121,14 +120,19 @@ struct Packing {
 template <int TERMS>
 static void pack_tasks(int64_t begin, int64_t end, void* context) {
   const auto& [g, m] = *static_cast<const Packing*>(context);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = g.m0 + i * ROWS_MAX, rows = smaller(ROWS_MAX, g.m1 - first);
-    pack_panel<TERMS>(m, first, rows, 0, g.p->R, g.p->R, false, g.packed + i * packed_block(g), rank_words(TERMS, rows));
-  }
+  for (int64_t i = begin * ROWS_MAX; i < smaller(end * ROWS_MAX, g.m1 - g.m0); i += ROWS_MAX)
+    pack_panel<TERMS>(m, g.m0 + i, smaller(ROWS_MAX, g.m1 - g.m0 - i), 0, g.p->R, g.p->R, false, g.packed + rank_words(TERMS, i), rank_words(TERMS, g.m1 - g.m0));
 }
 static void pack(const Grad& g, const Matrix& m) {
   Packing packing = {g, m};
   if (g.packed && m.data) parallel_for(ceil_div(g.m1 - g.m0, ROWS_MAX), (g.m1 - g.m0) * g.p->R * g.terms, g.terms == 3 ? pack_tasks<3> : pack_tasks<1>, &packing);
+}
+
+// How many of the rows that are left come next: while they lie as tiles do, as many as stay in the second cache, else as many as are copied.
+static int64_t rows_at_once(const Matrix& m, int64_t left, int64_t columns, const Mask& mask, int64_t R) {
+  constexpr int64_t NEAR = 256;
+  if (R > TILE_ROWS || left < TILE_DEPTH || !lie_whole(m, columns, mask)) return smaller(ROWS_MAX, left);
+  return smaller(NEAR, left / TILE_DEPTH * TILE_DEPTH);
 }
 
 template <int TERMS>
@@ -136,8 +140,8 @@ static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
   const Grad& g = *static_cast<const Grad*>(context);
   const LowrankGrad& p = *g.p;
   const int64_t turn_floats = larger(TURN * BLOCK, 2 * g.width), most = larger(panel_words(TERMS, BLOCK, p.R), BLOCK * g.width);
-  Scratch scratch(WORKER, most + rows_floats(ROWS_MAX) + rank_words(4, ROWS_MAX) + turn_floats + 80);
-  float *panel = scratch.next(most), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(4, ROWS_MAX)), *turn = scratch.next(turn_floats);
+  Scratch scratch(WORKER, most + rows_floats(ROWS_MAX) + WIDE_WORDS + BLOCK * g.width + turn_floats + 96);
+  float *panel = scratch.next(most), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(WIDE_WORDS), *sums = scratch.next(BLOCK * g.width), *turn = scratch.next(turn_floats);
   const auto words = [](float* at) { return reinterpret_cast<uint32_t*>(at); };
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
@@ -146,12 +150,16 @@ static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
       const int64_t columns = smaller(BLOCK, last - n0), rank_step = rank_words(TERMS, columns);
       float* dB = g.dB + (t * ceil_div(g.stripes.width, BLOCK) + (n0 - first) / BLOCK) * g.dB_floats;
       if (p.B.data) pack_panel<TERMS>(p.B, n0, columns, 0, p.R, p.R, true, words(panel), rank_step);
-      for (int64_t m = g.m0; m < g.m1; m += ROWS_MAX) {
-        const int64_t rows = smaller(ROWS_MAX, g.m1 - m);
+      for (int64_t m = g.m0, rows; m < g.m1; m += rows) {
+        rows = rows_at_once(p.dy, g.m1 - m, columns, {}, p.R);
         const Rows dy = rows_of(p.dy, m, rows, n0, columns, {}, reinterpret_cast<uint16_t*>(block));
-        if (p.B.data) along_tiles<TERMS>({dy, words(panel), rank_step, ceil_div(columns, TILE_DEPTH), g.parts + (t * g.slab + m - g.m0) * g.width, g.width, n0 > first}, rows, g.width);
-        if (p.u.data) across_tiles<TERMS>({g.packed + (m - g.m0) / ROWS_MAX * packed_block(g), dy, rows, dB, BLOCK_LD, m > 0}, p.R, columns, words(zipped));
+        float* du = g.parts + (t * g.slab + m - g.m0) * g.width;
+        const bool together = p.B.data && p.u.data && p.R <= TILE_ROWS;
+        if (p.B.data && !together) along_tiles<TERMS>({dy, words(panel), rank_step, ceil_div(columns, TILE_DEPTH), du, g.width, n0 == first}, rows, g.width);
+        const Besides<TERMS> besides = {words(panel), together ? du : nullptr, n0 == first};
+        if (p.u.data) across_tiles<TERMS>({g.packed + rank_words(TERMS, m - g.m0), rank_words(TERMS, g.m1 - g.m0), dy, rows, m == g.m0}, p.R, columns, sums, words(zipped), besides);
       }
+      if (p.u.data) store_sums(sums, p.R, columns, dB, BLOCK_LD, g.m0 > 0);
       if (p.u.data && g.m1 == p.M) store_dB(g, n0, columns, dB, true, panel, turn);
     }
   }
@@ -183,7 +191,7 @@ static void up(const LowrankGrad& p) {
   const Matrix& adapter = p.B.data ? p.B : p.dB;
   Grad g = {&p, split(p.N), round_up(p.R, VL), paired(p.dy, adapter), terms_of(p, p.dy, adapter.dtype), nullptr, nullptr, 0, 0, 0, 0};
   g.dB_floats = BLOCK_LD * g.width;
-  g.slab = smaller(p.M, larger(ROWS_MAX, PART_FLOATS / (g.stripes.count * g.width) / ROWS_MAX * ROWS_MAX));
+  g.slab = smaller(round_up(p.M, VL), larger(ROWS_MAX, PART_FLOATS / (g.stripes.count * g.width) / ROWS_MAX * ROWS_MAX));
   const int64_t parts = p.B.data ? g.stripes.count * g.slab * g.width : 0, dB = p.u.data ? g.stripes.count * ceil_div(g.stripes.width, BLOCK) * g.dB_floats : 0;
   const int64_t packed = p.u.data ? packed_words(g, g.slab) : 0;
   Scratch scratch(CALLER, parts + dB + packed + 32);
@@ -239,21 +247,22 @@ static void tile_down_tasks(int64_t begin, int64_t end, void* context) {
   const bool dropout = p.dropout.threshold;
   const Mask mask = {dropout ? p.dropout.seed : nullptr, p.dropout.threshold};
   const int64_t own = g.packed ? 0 : panel_words(TERMS, ROWS_MAX, p.R);
-  Scratch scratch(WORKER, p.R * BLOCK_LD + own + rows_floats(ROWS_MAX) + rank_words(4, ROWS_MAX) + 64);
-  float *sums = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(own), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(rank_words(4, ROWS_MAX));
+  Scratch scratch(WORKER, p.R * BLOCK_LD + own + rows_floats(ROWS_MAX) + WIDE_WORDS + round_up(p.R, TILE_ROWS) * BLOCK + 96);
+  float *dA = scratch.next(p.R * BLOCK_LD), *lines = scratch.next(own), *block = scratch.next(rows_floats(ROWS_MAX)), *zipped = scratch.next(WIDE_WORDS), *sums = scratch.next(round_up(p.R, TILE_ROWS) * BLOCK);
   const Tiles tiles;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t last = smaller((t + 1) * g.stripes.width, p.K);
     for (int64_t k0 = t * g.stripes.width; k0 < last; k0 += BLOCK) {
       const int64_t columns = smaller(BLOCK, last - k0);
-      for (int64_t m = 0; m < p.M; m += ROWS_MAX) {
-        const int64_t rows = smaller(ROWS_MAX, p.M - m);
+      for (int64_t m = 0, rows; m < p.M; m += rows) {
+        rows = g.packed ? rows_at_once(p.x, p.M - m, columns, mask, p.R) : smaller(ROWS_MAX, p.M - m);
         const Rows x = rows_of(p.x, m, rows, k0, columns, mask, reinterpret_cast<uint16_t*>(block));
-        uint32_t* du = g.packed ? g.packed + m / ROWS_MAX * packed_block(g) : reinterpret_cast<uint32_t*>(lines);
+        uint32_t* du = g.packed ? g.packed + rank_words(TERMS, m) : reinterpret_cast<uint32_t*>(lines);
         if (!g.packed) pack_panel<TERMS>(p.du, m, rows, 0, p.R, p.R, false, du, rank_words(TERMS, rows));
-        across_tiles<TERMS>({du, x, rows, sums, BLOCK_LD, m > 0}, p.R, columns, reinterpret_cast<uint32_t*>(zipped));
+        across_tiles<TERMS>({du, rank_words(TERMS, g.packed ? p.M : rows), x, rows, m == 0}, p.R, columns, sums, reinterpret_cast<uint32_t*>(zipped));
       }
-      for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, sums + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);
+      store_sums(sums, p.R, columns, dA, BLOCK_LD, false);
+      for (int64_t r = 0; r < p.R; ++r) store_row_any(p.dA, r, k0, columns, dA + r * BLOCK_LD, dropout ? p.dropout.scale : 1.0f);
     }
   }
 }

@@ -92,9 +92,10 @@ struct Rows {
   const uint16_t* at;
   int64_t ld;
 };
+LK_INLINE bool lie_whole(const Matrix& m, int64_t columns, const Mask& mask) { return m.col_stride == 1 && columns % TILE_DEPTH == 0 && !mask.seed && !m.index && !m.col_index; }
 static Rows rows_of(const Matrix& m, int64_t m0, int64_t rows, int64_t c0, int64_t columns, const Mask& mask, uint16_t* out) {
   constexpr int64_t LD = BLOCK + TILE_DEPTH;
-  if (m.col_stride == 1 && rows % TILE_ROWS == 0 && columns % TILE_DEPTH == 0 && !mask.seed && !m.index && !m.col_index)
+  if (rows % TILE_ROWS == 0 && lie_whole(m, columns, mask))
     return {static_cast<const uint16_t*>(m.data) + m0 * m.row_stride + c0, m.row_stride};
   const int64_t whole = round_up(columns, TILE_DEPTH);
   for (int64_t i = 0; i < round_up(rows, TILE_ROWS); ++i) {
@@ -119,9 +120,9 @@ struct AlongTiles {
   const uint32_t* panel;  // pack_panel, right
   int64_t rank_step;      // words from TILE_ROWS ranks to the next
   int64_t steps;          // TILE_DEPTH of the depth each
-  float* out;
+  float* out;             // whole tiles of rows
   int64_t out_ld;
-  bool add;  // to what is in out
+  bool first;  // the sums begin here
 };
 
 // The tile of sums C += left * right, for each of the right side's terms, or of the left one's
@@ -142,11 +143,16 @@ LK_INLINE void load_terms(const uint32_t* from) {
   if constexpr (TERMS == 3) load_tile<6>(from + TILE_WORDS), load_tile<7>(from + 2 * TILE_WORDS);
 }
 
-// The first COUNT tiles to memory
+// The first COUNT tiles, `step` floats from one to the next; ld: of a row, in bytes
 template <int COUNT>
-LK_INLINE void store_tiles(float* to) {
-  if constexpr (COUNT > 1) store_tiles<COUNT - 1>(to);
-  store_tile<COUNT - 1>(to + (COUNT - 1) * TILE_FLOATS);
+LK_INLINE void store_tiles(float* to, int64_t step = TILE_FLOATS, int64_t ld = 64) {
+  if constexpr (COUNT > 1) store_tiles<COUNT - 1>(to, step, ld);
+  store_tile<COUNT - 1>(to + (COUNT - 1) * step, ld);
+}
+template <int COUNT>
+LK_INLINE void load_tiles(const float* from, int64_t step = TILE_FLOATS, int64_t ld = 64) {
+  if constexpr (COUNT > 1) load_tiles<COUNT - 1>(from, step, ld);
+  load_tile<COUNT - 1>(from + (COUNT - 1) * step, ld);
 }
 template <int COUNT>
 LK_INLINE void zero_tiles() {
@@ -155,11 +161,12 @@ LK_INLINE void zero_tiles() {
 }
 
 template <int BLOCKS, int TERMS>
-static void along_blocks(const AlongTiles<TERMS>& g, int64_t m, int64_t rows, int64_t r) {
+static void along_blocks(const AlongTiles<TERMS>& g, int64_t m, int64_t r) {
   const uint16_t* a = g.a.at + m * g.a.ld;
   const uint32_t* b = g.panel + r / TILE_ROWS * g.rank_step;
-  const int64_t ld = g.a.ld, block = TILE_ROWS * ld;
-  zero_tiles<BLOCKS>();
+  const int64_t ld = g.a.ld, block = TILE_ROWS * ld, out_block = TILE_ROWS * g.out_ld, out_bytes = g.out_ld * sizeof(float);
+  float* out = g.out + m * g.out_ld + r;
+  g.first ? zero_tiles<BLOCKS>() : load_tiles<BLOCKS>(out, out_block, out_bytes);
   for (int64_t s = 0; s < g.steps; ++s, a += TILE_DEPTH, b += TERMS * TILE_WORDS) {
     load_terms<TERMS>(b);
     load_tile<4>(a, ld * 2), meet_right<0, TERMS>();
@@ -167,81 +174,146 @@ static void along_blocks(const AlongTiles<TERMS>& g, int64_t m, int64_t rows, in
     if constexpr (BLOCKS > 2) load_tile<4>(a + 2 * block, ld * 2), meet_right<2, TERMS>();
     if constexpr (BLOCKS > 3) load_tile<4>(a + 3 * block, ld * 2), meet_right<3, TERMS>();
   }
-  alignas(64) float sums[BLOCKS * TILE_FLOATS];
-  store_tiles<BLOCKS>(sums);
-  for (int64_t i = 0; i < smaller(BLOCKS * TILE_ROWS, rows - m); ++i) {
-    float* to = g.out + (m + i) * g.out_ld + r;
-    const Vec total = load(sums + i * VL);
-    store(to, g.add ? add(load(to), total) : total);
-  }
+  store_tiles<BLOCKS>(out, out_block, out_bytes);
 }
 
 template <int TERMS>
 static void along_tiles(const AlongTiles<TERMS>& g, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < width; r += TILE_ROWS) {
     int64_t m = 0;
-    for (; rows - m > 3 * TILE_ROWS; m += 4 * TILE_ROWS) along_blocks<4, TERMS>(g, m, rows, r);
-    for (; rows - m > TILE_ROWS; m += 2 * TILE_ROWS) along_blocks<2, TERMS>(g, m, rows, r);
-    if (rows > m) along_blocks<1, TERMS>(g, m, rows, r);
+    for (; rows - m > 3 * TILE_ROWS; m += 4 * TILE_ROWS) along_blocks<4, TERMS>(g, m, r);
+    for (; rows - m > TILE_ROWS; m += 2 * TILE_ROWS) along_blocks<2, TERMS>(g, m, r);
+    if (rows > m) along_blocks<1, TERMS>(g, m, r);
   }
 }
 
-// -- out (R, columns) = or += p^T a, the depth across a's rows --------------------------------------------------------------
+// -- (R, columns) sums of p^T a, the depth across a's rows ------------------------------------------------------------------
+
+constexpr int64_t ZIPPED = 4 * TILE_ROWS;             // columns that are summed at a time
+constexpr int64_t ZIPPED_WORDS = 4 * TILE_WORDS;      // of TILE_DEPTH rows of them as right operands: four tiles, two and two in zip's order
+constexpr int64_t ZIPPED_SUMS = 4 * TILE_FLOATS;      // of TILE_ROWS ranks
+constexpr int64_t WIDE_DEPTH = 128;                   // rows of a whose zipped columns meet several TILE_ROWS ranks
+constexpr int64_t WIDE_WORDS = WIDE_DEPTH / TILE_DEPTH * ZIPPED_WORDS;
 
 template <int TERMS>
 struct AcrossTiles {
   const uint32_t* p;  // pack_panel, left
+  int64_t rank_step;  // words from TILE_ROWS ranks to the next
   Rows a;             // rows_of: whole tiles of rows; columns behind the last may be anything
-  int64_t depth;
-  float* out;
-  int64_t out_ld;
-  bool add;  // to what is in out
+  int64_t depth;      // where R is more than TILE_ROWS, at most WIDE_DEPTH
+  bool first;         // the sums begin here
 };
 
-constexpr int64_t ZIPPED = 4 * TILE_ROWS;  // columns that are zipped at a time
+struct Zip {
+  const uint16_t* a;
+  int64_t ld, depth;
+  __mmask32 valid[2];
 
-// Some rows of ZIPPED columns as right operands: four tiles for each TILE_DEPTH, two and two in zip's order.
-static void zip_tiles(const uint16_t* a, int64_t ld, int64_t depth, int64_t columns, uint32_t* out) {
-  static const uint16_t nothing[ZIPPED] = {};
-  const auto first = [](int64_t count) { return count >= 2 * VL ? ~0u : count > 0 ? (1u << count) - 1 : 0; };
-  const __mmask32 valid[2] = {first(columns), first(columns - 2 * VL)};
-  for (int64_t d = 0; d < round_up(depth, TILE_DEPTH); d += 2, a += 2 * ld) {
-    const uint16_t *low = d < depth ? a : nothing, *high = d + 1 < depth ? a + ld : nothing;
-    float* to = reinterpret_cast<float*>(out + d / TILE_DEPTH * 4 * TILE_WORDS + d % TILE_DEPTH / 2 * VL);
-    for (int half = 0; half < 2; ++half, to += 2 * TILE_WORDS) {
-      const Two both = zip(low + half * 2 * VL, high + half * 2 * VL, valid[half]);
-      store(to, both.low), store(to + TILE_WORDS, both.high);
+  Zip(const Rows& rows, int64_t depth_, int64_t c, int64_t columns) : a(rows.at + c), ld(rows.ld), depth(depth_) {
+    const auto first = [](int64_t count) { return count >= 2 * VL ? ~0u : count > 0 ? (1u << count) - 1 : 0; };
+    valid[0] = first(columns - c), valid[1] = first(columns - c - 2 * VL);
+  }
+  bool whole(int64_t d) const { return valid[1] == ~0u && d + TILE_DEPTH <= depth; }
+  // Rows d ... d + COUNT of the TILE_DEPTH that `to` has. WHOLE: there are as many, and ZIPPED columns; else zeros stand behind the last.
+  template <int COUNT, bool WHOLE>
+  __attribute__((always_inline)) void rows(int64_t d, uint32_t* tiles) const {
+    static const uint16_t nothing[ZIPPED] = {};
+    float* to = reinterpret_cast<float*>(tiles + d % TILE_DEPTH / 2 * VL);
+    const uint16_t* row = a + d * ld;
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; i += 2, to += VL, row += 2 * ld) {
+      const uint16_t *low = WHOLE || d + i < depth ? row : nothing, *high = WHOLE || d + i + 1 < depth ? row + ld : nothing;
+      const Two left = zip(low, high, WHOLE ? ~0u : valid[0]), right = zip(low + 2 * VL, high + 2 * VL, WHOLE ? ~0u : valid[1]);
+      store(to, left.low), store(to + TILE_WORDS, left.high), store(to + 2 * TILE_WORDS, right.low), store(to + 3 * TILE_WORDS, right.high);
     }
+  }
+  __attribute__((always_inline)) void step(int64_t d, uint32_t* tiles) const {
+    if (whole(d)) return rows<TILE_DEPTH, true>(d, tiles);
+    for (int i = 0; i < TILE_DEPTH; i += 2) rows<2, false>(d + i, tiles);
+  }
+};
+
+// What one pass over a takes besides: out (rows, TILE_ROWS) = or += a panel, as AlongTiles; null where nothing is wanted.
+template <int TERMS>
+struct Besides {
+  const uint32_t* panel;
+  float* out;
+  bool first;
+};
+
+// A step's rows of it, whose sums pass through the last tile
+template <int TERMS>
+LK_INLINE void along_step(const Besides<TERMS>& g, const Rows& a, int64_t d, int64_t depth, int64_t c, int64_t columns) {
+  for (int64_t i = d; i < smaller(d + TILE_DEPTH, depth); i += TILE_ROWS) {
+    const uint16_t* at = a.at + i * a.ld + c;
+    const uint32_t* b = g.panel + c / TILE_DEPTH * TERMS * TILE_WORDS;
+    float* out = g.out + i * TILE_ROWS;
+    g.first && c == 0 ? zero_tile<7>() : load_tile<7>(out);
+    for (int64_t k = 0; k < smaller(ZIPPED, columns - c); k += TILE_DEPTH, b += TERMS * TILE_WORDS) {
+      load_tile<4>(at + k, a.ld * 2), load_tile<5>(b), dot<7, 4, 5>();
+      if constexpr (TERMS == 3) load_tile<6>(b + TILE_WORDS), dot<7, 4, 6>(), load_tile<5>(b + 2 * TILE_WORDS), dot<7, 4, 5>();
+    }
+    store_tile<7>(out);
   }
 }
 
+// The products of a step; among them, where NEXT, the next one's rows are zipped: the processor does both at once, as far as it looks ahead.
+template <int TERMS, bool NEXT>
+LK_INLINE void across_step(const uint32_t* p, const uint32_t* here, const Zip& zip, int64_t d, uint32_t* there) {
+  constexpr int EACH = TILE_DEPTH / 4;
+  load_terms<TERMS>(p);
+  load_tile<4>(here), meet_left<0, TERMS>();
+  if (NEXT) zip.rows<EACH, true>(d, there);
+  load_tile<4>(here + TILE_WORDS), meet_left<1, TERMS>();
+  if (NEXT) zip.rows<EACH, true>(d + EACH, there);
+  load_tile<4>(here + 2 * TILE_WORDS), meet_left<2, TERMS>();
+  if (NEXT) zip.rows<EACH, true>(d + 2 * EACH, there);
+  load_tile<4>(here + 3 * TILE_WORDS), meet_left<3, TERMS>();
+  if (NEXT) zip.rows<EACH, true>(d + 3 * EACH, there);
+}
+
+// sums[r / TILE_ROWS][4][TILE_FLOATS] of columns c ... c + ZIPPED; zipped: WIDE_WORDS
 template <int TERMS>
-static void across_tiles(const AcrossTiles<TERMS>& g, int64_t R, int64_t columns, uint32_t* zipped) {
+static void across_columns(const AcrossTiles<TERMS>& g, int64_t R, int64_t c, int64_t columns, float* sums, uint32_t* zipped, const Besides<TERMS>& besides) {
+  const Zip zip(g.a, g.depth, c, columns);
   const int64_t steps = ceil_div(g.depth, TILE_DEPTH);
-  for (int64_t c = 0; c < columns; c += ZIPPED) {
-    zip_tiles(g.a.at + c, g.a.ld, g.depth, columns - c, zipped);
-    const uint32_t* p = g.p;
-    const bool all = columns - c > ZIPPED / 2;
-    for (int64_t r = 0; r < R; r += TILE_ROWS) {
-      zero_tiles<4>();
-      const uint32_t* b = zipped;
-      for (int64_t s = 0; s < steps; ++s, p += TERMS * TILE_WORDS, b += 4 * TILE_WORDS) {
-        load_terms<TERMS>(p);
-        load_tile<4>(b), meet_left<0, TERMS>(), load_tile<4>(b + TILE_WORDS), meet_left<1, TERMS>();
-        if (all) load_tile<4>(b + 2 * TILE_WORDS), meet_left<2, TERMS>(), load_tile<4>(b + 3 * TILE_WORDS), meet_left<3, TERMS>();
+  const int64_t kept = R <= TILE_ROWS ? 2 : steps;  // steps whose zipped rows are met again, and the next one
+  zip.step(0, zipped);
+  for (int64_t r = 0; r < R; r += TILE_ROWS, sums += ZIPPED_SUMS) {
+    const uint32_t* p = g.p + r / TILE_ROWS * g.rank_step;
+    g.first ? zero_tiles<4>() : load_tiles<4>(sums);
+    for (int64_t s = 0; s < steps; ++s, p += TERMS * TILE_WORDS) {
+      const uint32_t* here = zipped + s % kept * ZIPPED_WORDS;
+      uint32_t* there = zipped + (s + 1) % kept * ZIPPED_WORDS;
+      const int64_t next = (s + 1) * TILE_DEPTH;
+      if (besides.out) along_step<TERMS>(besides, g.a, s * TILE_DEPTH, g.depth, c, columns);
+      if (r == 0 && zip.whole(next)) {
+        across_step<TERMS, true>(p, here, zip, next, there);
+        continue;
       }
-      alignas(64) float sums[4 * TILE_FLOATS];
-      store_tiles<4>(sums);
-      for (int64_t i = 0; i < smaller(TILE_ROWS, R - r); ++i)
-        for (int64_t half = 0; half < (all ? 2 : 1); ++half) {
-          float* to = g.out + (r + i) * g.out_ld + c + half * 2 * VL;
-          const float* from = sums + half * 2 * TILE_FLOATS + i * VL;
-          const Two total = in_order(load(from), load(from + TILE_FLOATS));
-          store(to, g.add ? add(load(to), total.low) : total.low);
-          store(to + VL, g.add ? add(load(to + VL), total.high) : total.high);
-        }
+      across_step<TERMS, false>(p, here, zip, next, there);
+      if (r == 0 && s + 1 < steps) zip.step(next, there);
     }
+    store_tiles<4>(sums);
   }
+}
+
+// sums: [columns / ZIPPED] of these
+template <int TERMS>
+static void across_tiles(const AcrossTiles<TERMS>& g, int64_t R, int64_t columns, float* sums, uint32_t* zipped, const Besides<TERMS>& besides = {}) {
+  for (int64_t c = 0; c < columns; c += ZIPPED, sums += ceil_div(R, TILE_ROWS) * ZIPPED_SUMS) across_columns<TERMS>(g, R, c, columns, sums, zipped, besides);
+}
+
+// out (R, columns) = or += the sums
+static void store_sums(const float* sums, int64_t R, int64_t columns, float* out, int64_t ld, bool add_up) {
+  for (int64_t c = 0; c < columns; c += 2 * VL)
+    for (int64_t r = 0; r < R; ++r) {
+      const float* from = sums + (c / ZIPPED * ceil_div(R, TILE_ROWS) + r / TILE_ROWS) * ZIPPED_SUMS + c % ZIPPED / (2 * VL) * 2 * TILE_FLOATS + r % TILE_ROWS * VL;
+      float* to = out + r * ld + c;
+      const Two total = in_order(load(from), load(from + TILE_FLOATS));
+      store(to, add_up ? add(load(to), total.low) : total.low);
+      store(to + VL, add_up ? add(load(to + VL), total.high) : total.high);
+    }
 }
 
 }  // namespace
