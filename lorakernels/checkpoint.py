@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import targets
-from .checks import check_data, check_flag
+from .checks import check_data, check_finite, check_flag
 from .models import BIASES, check_model, check_pattern_values, lora_layers, put_adapters, some_lora_layers, train_biases, why_skipped
 from .modules import Adapter, check_arguments
 from .multi_modules import MultiLoraLinear
@@ -295,6 +295,9 @@ def _check_module(model, config, name, pieces):
         raise ValueError(f"{where}: lora_bias={bool(config.get('lora_bias'))} in {CONFIG}, but lora_B.bias is {'missing' if lora_bias is None else 'there'}")
     if lora_bias is not None and tuple(lora_bias.shape) != (module.out_features,):
         raise ValueError(f"{where}.lora_B.bias: expected shape ({module.out_features},), got {tuple(lora_bias.shape)}")
+    dtype = module.lora_A.dtype if isinstance(module, Adapter) else torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+    for kind, tensor in pieces.items():
+        check_finite(f"{where}.{kind}", tensor.to(dtype), "the adapter's")
     init = config["init_lora_weights"] if config["init_lora_weights"] in CHANGE_THE_BASE else True
     wanted = dict(r=r, lora_alpha=alpha, use_rslora=bool(config.get("use_rslora")))
     if not isinstance(module, Adapter):
@@ -316,3 +319,4 @@ def _check_biases(model, biases):
             raise ValueError(f"{WEIGHTS}: {name}: the model has no such parameter") from None
         if parameter.shape != value.shape:
             raise ValueError(f"{WEIGHTS}: {name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+        check_finite(f"{WEIGHTS}: {name}", value.to(parameter.dtype), "the model's")

@@ -34,6 +34,12 @@ def check_data(name, value):
     return value
 
 
+def check_finite(name, value, whose):
+    """A tensor of finite values, in the dtype of whoever takes it."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name}: expected finite values in {value.dtype}, {whose} dtype")
+
+
 def check_flag(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {kind_of(value)}")

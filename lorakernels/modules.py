@@ -17,7 +17,8 @@ class Adapter:
     """What layers with one adapter share, whatever holds their base: parameters lora_A (R, K), lora_B (N, R), lora_bias (N,)."""
 
     def _put_adapter(self, base_dtype, device, r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, adapter_dtype):
-        check_flag("use_rslora", use_rslora), check_flag("lora_bias", lora_bias)
+        check_flag("use_rslora", use_rslora)
+        check_flag("lora_bias", lora_bias)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
         self.scaling = lora_scaling(lora_alpha, r, use_rslora)

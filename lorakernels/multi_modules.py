@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import dropout, functional
-from .checks import adapter_dtype_over, check_data, check_float_dtype, check_number, check_probability, check_size, check_tensor
+from .checks import adapter_dtype_over, check_data, check_finite, check_float_dtype, check_number, check_probability, check_size, check_tensor
 from .modules import take_hooks, why_unusable
 from .nf4_modules import NF4Linear
 from .routes import Orders
@@ -115,8 +115,7 @@ class MultiLoraLinear(nn.Module):
         scaling = 1.0 if lora_alpha is None else check_number("lora_alpha", lora_alpha) / rank
         own = [value.to(self.lora_A.device, self.lora_A.dtype, copy=True) for value in (lora_A, lora_B)]
         for name, value in zip(("lora_A", "lora_B"), own):
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name}: expected finite values in {value.dtype}, the layer's dtype")
+            check_finite(name, value, "the layer's")
         self.lora_A[index].zero_()[:rank] = own[0]
         self.lora_B[index].zero_()[:, :rank] = own[1]
         self.ranks[index], self.scaling[index] = rank, scaling

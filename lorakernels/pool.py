@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import read_adapter, sort_tensors
-from .checks import check_flag, check_float_dtype, check_number, check_size
+from .checks import check_finite, check_flag, check_float_dtype, check_number, check_size
 from .models import check_model, find_targets, report_on, why_not_many
 from .modules import lora_scaling
 from .nf4_modules import NF4Linear
@@ -407,8 +407,7 @@ class AdapterPool:
                     raise ValueError(f"{where}: {name}.{kind}: expected shape {shape}, got {tuple(tensor.shape)}")
             A, B = (tensor.detach().to(place.rows_B.dtype) for tensor in (A, B))
             for kind, tensor in (("lora_A", A), ("lora_B", B)):
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"{where}: {name}.{kind}: expected finite values in {tensor.dtype}, the pool's dtype")
+                check_finite(f"{where}: {name}.{kind}", tensor, "the pool's")
             modules[name] = rank, lora_scaling(rank if own_alpha is None else own_alpha, rank, rslora)
             matrices[name] = A, B
         if not modules:
