@@ -439,16 +439,23 @@ def test_scaling_of_a_state_dict_stays_float32():
     assert module.scaling.dtype == F32 and torch.equal(module.scaling, layer().scaling)
 
 
-def test_kernels_read_no_rank_beyond_the_stacks_on_the_processor():
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_kernels_read_no_rank_beyond_the_stacks(name):
     """A table that was changed behind its layer's back: what lies behind an adapter's own is neither read nor written."""
-    if why := backends.why_not("cpu", "cpu", F32):
+    if why := backends.why_not(name, "cpu", F32):
         pytest.skip(why)
     A, B, x, ids = torch.randn(2, 3, 24), torch.randn(2, 20, 3), torch.randn(6, 24), torch.tensor([0, 1, 1, 0, -1, 1])
     routed = route(ids, x.shape, 2)
-    with backends.use_backend("cpu"):
-        run = lambda ranks: routed_linear(x, torch.ones(20, 24), None, A, B, torch.ones(2), routed, ranks)  # noqa: E731
-        assert torch.equal(run(torch.tensor([1 << 40, 3])), run(torch.tensor([3, 3])))
-        assert torch.equal(run(torch.tensor([-7, 3])), run(torch.tensor([0, 3])))
+
+    def run(ranks):
+        leaves = [t.detach().requires_grad_() for t in (x, A, B)]
+        y = routed_linear(leaves[0], torch.ones(20, 24), None, *leaves[1:], torch.ones(2), routed, ranks)
+        y.backward(torch.ones_like(y))
+        return [y.detach(), *(t.grad for t in leaves)]
+
+    with backends.use_backend(name):
+        for beyond, within in ((1 << 40, 3), (-7, 0)):
+            assert all(torch.equal(a, b) for a, b in zip(run(torch.tensor([beyond, 3])), run(torch.tensor([within, 3]))))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------------

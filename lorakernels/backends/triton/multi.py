@@ -45,7 +45,7 @@ def multi_down(
             blocks = tl.cdiv(R, BLOCK_R)
             part, r0 = tl.program_id(1) // blocks, tl.program_id(1) % blocks * BLOCK_R
         if HAS_RANKS:
-            rank = tl.load(ranks + part * E + e).to(tl.int32)
+            rank = tl.minimum(tl.load(ranks + part * E + e), R).to(tl.int32)
         if r0 < rank:
             place = first + tl.arange(0, BLOCK_M)
             in_m = place < end
@@ -103,7 +103,7 @@ def multi_add(
         known = e < E
         rank = tl.where(known, R, 0)
         if HAS_RANKS:
-            rank = tl.load(ranks + e, mask=known, other=0).to(tl.int32)
+            rank = tl.minimum(tl.load(ranks + e, mask=known, other=0), R).to(tl.int32)
         place = first + tl.arange(0, BLOCK_M)
         in_m = place < end
         row = tl.load(order + place, mask=in_m, other=0)
@@ -151,7 +151,7 @@ def multi_outer(
     r = (tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     rank = R
     if HAS_RANKS:
-        rank = tl.load(ranks + e).to(tl.int32)
+        rank = tl.minimum(tl.load(ranks + e), R).to(tl.int32)
     in_k, in_r = k < K, r < rank
     begin, end = tl.load(starts + e), tl.load(starts + e + 1)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
