@@ -154,7 +154,8 @@ static void tile_up_tasks(int64_t begin, int64_t end, void* context) {
         rows = rows_at_once(p.dy, g.m1 - m, columns, {}, p.R);
         const Rows dy = rows_of(p.dy, m, rows, n0, columns, {}, reinterpret_cast<uint16_t*>(block));
         float* du = g.parts + (t * g.slab + m - g.m0) * g.width;
-        const bool together = p.B.data && p.u.data && p.R <= TILE_ROWS;
+        // One pass where dy comes from memory; copies are near, and take 0.90 to 0.97 of the time four tiles of rows at a time (many adapters).
+        const bool together = p.B.data && p.u.data && p.R <= TILE_ROWS && lie_whole(p.dy, columns, {});
         if (p.B.data && !together) along_tiles<TERMS>({dy, words(panel), rank_step, ceil_div(columns, TILE_DEPTH), du, g.width, n0 == first}, rows, g.width);
         const Besides<TERMS> besides = {words(panel), together ? du : nullptr, n0 == first};
         if (p.u.data) across_tiles<TERMS>({g.packed + rank_words(TERMS, m - g.m0), rank_words(TERMS, g.m1 - g.m0), dy, rows, m == g.m0}, p.R, columns, sums, words(zipped), besides);
